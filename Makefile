@@ -1,0 +1,44 @@
+# make quickstart · make test · make lint: each makes its own environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test test-all lint format constraints clean
+
+quickstart: $(VENV)/.base
+	$(BIN)/vit-jax prepare digits --data_dir=data --exist_ok
+	$(BIN)/vit-jax train --config=configs/digits.py --workdir=runs/digits
+
+test: $(VENV)/.test
+	$(BIN)/pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/.test
+	$(BIN)/pytest -n 2 -m slow
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Versions that work together, for every supported Python.
+constraints: $(VENV)/.test
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --universal --python-version 3.11 --no-header --no-annotate \
+		--no-emit-index-url --extra test pyproject.toml --output-file constraints.txt
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "vit_jax needs Python 3.11 or newer: make PYTHON=python3.12 …"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) data runs

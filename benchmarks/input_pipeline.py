@@ -1,0 +1,165 @@
+"""Images a second on one core: JPEG to random-resized-crop of 224 to batch, by the real loader.
+
+    python benchmarks/input_pipeline.py [--num_files=64] [--seconds=5] [--repeats=5] [--vs=tf]
+
+The files are distinct windows of 500 x 375 out of scikit-learn's two photographs, each encoded at
+the JPEG quality that comes nearest to 110 KB (ImageNet's mean). The crop is Inception's, of 0.08 to
+1 of the area. Everything is pinned to one core and has one thread.
+
+`bare` is `simplejpeg.decode_jpeg` of the same bytes and nothing more: a bound for whoever decodes
+whole images, and `share` is what the loader reaches of it. With `--vs=tf`, where TensorFlow is
+installed, tf.data does the same work; it can decode the crop alone. All are measured in turn,
+`repeats` times, and the median of each is given. Prints a line to read and a JSON line.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import simplejpeg
+from sklearn.datasets import load_sample_images
+
+from vit_jax.data.augment import make_augmentation
+from vit_jax.data.loader import Loader
+from vit_jax.data.order import global_order
+
+HEIGHT, WIDTH, TARGET_BYTES, SIZE, BATCH = 375, 500, 110_000, 224, 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num_files", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--vs", choices=["tf"])
+    args = parser.parse_args()
+
+    core = min(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {core})
+    files = photographs(args.num_files)
+    contestants = {"loader": loader_batches, "bare": bare_batches}
+    if args.vs:
+        contestants["tf.data"] = tf_batches
+    rates = {name: [] for name in contestants}
+    for _ in range(args.repeats):
+        for name, batches in contestants.items():
+            rates[name].append(rate(batches, files, args.seconds))
+
+    median = {name: statistics.median(each) for name, each in rates.items()}
+    result = {
+        "images_per_second": {name: round(value, 1) for name, value in median.items()},
+        "spread": {
+            name: [round(min(each), 1), round(max(each), 1)] for name, each in rates.items()
+        },
+        "share_of_bare_decoding": round(median["loader"] / median["bare"], 3),
+        "num_files": len(files),
+        "mean_bytes": round(statistics.mean(map(len, files))),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+    print(
+        f"{median['loader']:.0f} images/s on one core ({result['share_of_bare_decoding']:.0%} of "
+        f"bare decoding): {len(files)} JPEGs of {WIDTH}x{HEIGHT}, "
+        f"{result['mean_bytes'] / 1000:.0f} KB, cropped to {SIZE}, batches of {BATCH}"
+    )
+    print(json.dumps(result))
+
+
+def rate(
+    batches: Callable[[list[bytes]], Iterator[int]], files: list[bytes], seconds: float
+) -> float:
+    """Images a second after the first batch; `batches` yields the size of each as it is ready."""
+    running = batches(files)
+    next(running)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        count += next(running)
+    elapsed = time.perf_counter() - start
+    running.close()
+    return count / elapsed
+
+
+def loader_batches(files: list[bytes]) -> Iterator[int]:
+    order = functools.partial(global_order, num_examples=len(files), seed=0)
+    augment = make_augmentation(
+        name="inception_crop_flip", size=(SIZE, SIZE), min_scale=0.08, max_scale=1.0
+    )
+    with Loader(
+        [{"image": data, "label": 0} for data in files],
+        order=order,
+        augment=augment,
+        batch_size=BATCH,
+        seed=0,
+        num_steps=10**6,
+        num_threads=1,
+        prefetch=1,
+    ) as loader:
+        for batch in loader:
+            yield int(batch["mask"].sum())
+
+
+def bare_batches(files: list[bytes]) -> Iterator[int]:
+    while True:
+        for data in files:
+            simplejpeg.decode_jpeg(data)
+        yield len(files)
+
+
+def tf_batches(files: list[bytes]) -> Iterator[int]:
+    """The usual ImageNet input in tf.data: only the crop is decoded, then resized bilinearly."""
+    import tensorflow as tf
+
+    def crop(data: tf.Tensor) -> tf.Tensor:
+        shape = tf.image.extract_jpeg_shape(data)
+        begin, size, _ = tf.image.sample_distorted_bounding_box(
+            shape,
+            tf.zeros([0, 0, 4]),
+            area_range=(0.08, 1.0),
+            min_object_covered=0.0,
+            use_image_if_no_bounding_boxes=True,
+        )
+        window = tf.stack([begin[0], begin[1], size[0], size[1]])
+        image = tf.image.decode_and_crop_jpeg(data, window, channels=3)
+        image = tf.image.random_flip_left_right(tf.image.resize(image, (SIZE, SIZE)))
+        return tf.cast(image, tf.uint8)
+
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 1
+    options.threading.max_intra_op_parallelism = 1
+    data = tf.data.Dataset.from_tensor_slices(files).shuffle(len(files)).repeat()
+    data = data.map(crop, num_parallel_calls=1).batch(BATCH).prefetch(1).with_options(options)
+    for batch in data.as_numpy_iterator():
+        yield len(batch)
+
+
+def photographs(count: int) -> list[bytes]:
+    """JPEGs of distinct windows, on a grid of offsets over each photograph."""
+    images = load_sample_images().images
+    side = int(np.ceil(np.sqrt(count / len(images))))
+    windows = [
+        image[top : top + HEIGHT, left : left + WIDTH]
+        for top in np.linspace(0, images[0].shape[0] - HEIGHT, side).astype(int)
+        for left in np.linspace(0, images[0].shape[1] - WIDTH, side).astype(int)
+        for image in images
+    ]
+    files = [encode(np.ascontiguousarray(window)) for window in windows[:count]]
+    if len(set(files)) < count:
+        raise ValueError(f"num_files={count} windows are not all distinct; ask for fewer.")
+    return files
+
+
+def encode(window: np.ndarray) -> bytes:
+    """A JPEG (4:2:0) of the quality whose size is nearest to TARGET_BYTES."""
+    files = (
+        simplejpeg.encode_jpeg(window, quality=quality, colorsubsampling="420")
+        for quality in range(90, 101)
+    )
+    return min(files, key=lambda data: abs(len(data) - TARGET_BYTES))
+
+
+if __name__ == "__main__":
+    main()

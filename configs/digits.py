@@ -1,0 +1,55 @@
+"""The quickstart: a small ViT on scikit-learn's handwritten digits.
+
+  vit-jax train --config=configs/digits.py --workdir=runs/digits
+
+1,797 grey images of 8 × 8 pixels (Alpaydin & Kaynak 1998, the UCI test set), a fifth held out.
+"""
+
+from ml_collections import ConfigDict
+
+from vit_jax.config import parse_arg
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Argument: steps=N, debug."""
+    arg = parse_arg(arg, steps=1500, debug=False)
+    steps = 20 if arg.debug else arg.steps
+    config = ConfigDict()
+    config.seed = 0
+    config.total_steps = steps
+    config.batch_size = 128
+    config.log_every = 5 if arg.debug else 100
+    config.eval_every = 10 if arg.debug else 500
+    config.save_every = 10 if arg.debug else 250
+    config.model = {
+        "variant": "Ti/2",
+        "image_size": (8, 8),
+        "dim": 32 if arg.debug else 64,
+        "depth": 2 if arg.debug else 4,
+        "num_heads": 2 if arg.debug else 4,
+        "mlp_dim": 64 if arg.debug else 256,
+        "drop_path": 0.1,
+    }
+    config.objective = {"name": "supervised", "label_smoothing": 0.1}
+    config.preprocess = {"normalize": "dataset", "mixup": 0.2}
+    config.augment = {"name": "pad_crop_flip", "size": (8, 8), "padding": 1, "flip": False}
+    config.data = {"name": "digits", "split": "train", "data_dir": "data"}
+    config.optimizer = {
+        "learning_rate": 2e-3,
+        "warmup_steps": steps // 10,
+        "weight_decay": 0.05,
+        "clip_norm": 1.0,
+    }
+    config.mesh = {"data": -1}
+    config.train = {"best_metric": "test/top1"}
+    config.evals = {
+        "test": {
+            "name": "classification",
+            "dataset": "digits",
+            "split": "test",
+            "data_dir": "data",
+            "augment": {"name": "none", "size": (8, 8)},
+            "batch_size": 360,
+        }
+    }
+    return config

@@ -1,0 +1,30 @@
+"""Eight simulated devices, one compilation cache, and a small prepared dataset for all tests."""
+
+import os
+import pathlib
+import tempfile
+
+# Before jax starts. Processes that a test starts inherit this.
+os.environ["JAX_PLATFORMS"] = os.environ.get("VIT_JAX_TEST_PLATFORM", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "vit_jax_test_cache")
+)
+
+import jax
+import pytest
+
+from vit_jax.data.prepare import prepare_digits
+
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> str:
+    """A data folder with the digits, made once for all test processes."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = str(root / "data")
+    prepare_digits(data_dir=folder, exist_ok=True)
+    return folder

@@ -1,0 +1,316 @@
+import functools
+import json
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from tests.recipes import tiny
+
+from vit_jax import metrics as metrics_lib
+from vit_jax import train as train_lib
+from vit_jax.data.loader import HOST_ONLY, make_loader
+from vit_jax.data.sources import dataset_info
+from vit_jax.metrics import Stopwatch
+from vit_jax.runtime import Preempted, StopSignal
+from vit_jax.sharding import make_mesh, put_batch
+from vit_jax.tree import named_leaves
+
+
+def run(config, workdir, stop=None):
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    stop = stop or StopSignal()
+    try:
+        trainer = train_lib.Trainer(config, workdir, clock=Stopwatch(time.time()), stop=stop)
+        return trainer, trainer.run()
+    finally:
+        stop.restore()
+
+
+def deterministic_rows(workdir):
+    """{(step, key): value} of all that must repeat; a (step, key) that stands twice is an error."""
+    values = {}
+    for line in (epath.Path(workdir) / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for key, value in row.items():
+            if key not in ("step", "time") and not key.startswith("speed/"):
+                assert (row["step"], key) not in values
+                values[row["step"], key] = value
+    return values
+
+
+def assert_same_bits(one, two):
+    one, two = named_leaves(one), named_leaves(two)
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(two[name]), err_msg=name)
+
+
+def losses_on(devices, config, num_steps=20):
+    """Losses of the first steps on so many devices, without the loop around them."""
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    info = dataset_info("digits", data_dir=config.data.data_dir)
+    parts, init = train_lib.make_parts(config, info)
+    shardings = jax.tree.map(lambda x: x.sharding, train_lib.abstract_state(init, mesh))
+    state = jax.jit(init, out_shardings=shardings)()
+    step = jax.jit(functools.partial(train_lib.train_step, parts), donate_argnums=0)
+    augment = train_lib.make_augmentation(**config.augment)
+    options = {"batch_size": config.batch_size, "seed": 0, "num_steps": num_steps}
+    losses = []
+    with make_loader(**config.data, augment=augment, **options) as loader:
+        for batch in loader:
+            arrays = {k: v for k, v in batch.items() if k not in HOST_ONLY}
+            arrays["mask"] = np.arange(config.batch_size) % 5 != 0  # uneven over the devices
+            state, metrics = step(state, put_batch(arrays, mesh))
+            losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+def test_one_and_eight_devices_give_the_same_losses(data_dir):
+    config = tiny(data_dir)
+    one, _ = losses_on(1, config)
+    eight, state = losses_on(8, config)
+    assert len(state.step.sharding.device_set) == 8
+    assert len(set(one)) == 20  # it moves
+    np.testing.assert_allclose(one, eight, atol=1e-5, rtol=0)
+
+
+def test_scanned_blocks_give_the_losses_of_looped_ones(data_dir):
+    looped, _ = losses_on(1, tiny(data_dir), num_steps=3)
+    scanned, _ = losses_on(1, tiny(data_dir, model__scan=True), num_steps=3)
+    np.testing.assert_allclose(looped, scanned, atol=1e-5, rtol=0)
+
+
+def test_four_steps_are_two_a_restart_and_two_bit_for_bit(data_dir, tmp_path):
+    leaves = {"total_steps": 4, "eval_every": 1, "save_every": 1, "train__keep": 1}
+    config = tiny(data_dir, **leaves, train__ema_decay=0.9)
+    whole, results = run(config, tmp_path / "whole")
+
+    class StopAfterTwo(StopSignal):
+        def __bool__(self):
+            return trainer_step() >= 2
+
+    stop = StopAfterTwo()
+    workdir = epath.Path(tmp_path / "parts")
+    workdir.mkdir()
+    first = train_lib.Trainer(config, workdir, clock=Stopwatch(time.time()), stop=stop)
+
+    def trainer_step():
+        return first.step
+
+    with pytest.raises(Preempted):
+        first.run()
+    stop.restore()
+    assert first.step == 2
+    second, again = run(config, workdir)
+    assert_same_bits(whole.state, second.state)
+    assert results == again
+    assert deterministic_rows(tmp_path / "whole") == deterministic_rows(workdir)
+
+
+def test_metrics_of_a_step_are_fetched_after_the_next_is_dispatched(
+    data_dir, tmp_path, monkeypatch
+):
+    events = []
+    compile_step, fetch = train_lib.Trainer._compile, metrics_lib.fetch
+
+    def spy_compile(self, batch):
+        step = compile_step(self, batch)
+
+        def dispatch(state, arrays):
+            events.append("dispatch")
+            return step(state, arrays)
+
+        return dispatch
+
+    def spy_fetch(tree):
+        events.append("fetch")
+        return fetch(tree)
+
+    monkeypatch.setattr(train_lib.Trainer, "_compile", spy_compile)
+    monkeypatch.setattr(metrics_lib, "fetch", spy_fetch)
+    run(tiny(data_dir, total_steps=6, eval_every=0, save_every=0, log_every=3), tmp_path / "run")
+    dispatched = fetched_steps = 0
+    for event in events[: len(events) - events[::-1].index("dispatch")]:  # the steady state
+        if event == "dispatch":
+            dispatched += 1
+            fetched_steps = dispatched - 1  # what may be read from here on
+        else:
+            assert fetched_steps >= 1  # nothing is read before a later step is under way
+    assert dispatched == 6
+    # Exactly: step n-1 is read after the dispatch of n, and only once it is (3 is logged too).
+    assert events == ["dispatch", *["dispatch", "fetch"] * 2, "dispatch", "fetch", "fetch"] + [
+        *["dispatch", "fetch"] * 2, "fetch", "fetch"
+    ]
+
+
+def test_the_state_is_donated(data_dir):
+    config = tiny(data_dir)
+    info = dataset_info("digits", data_dir=data_dir)
+    parts, init = train_lib.make_parts(config, info)
+    state = jax.jit(init)()
+    batch = {
+        "image": np.zeros((16, 8, 8, 3), np.uint8),
+        "label": np.zeros(16, np.int32),
+        "mask": np.ones(16, bool),
+    }
+    step = jax.jit(functools.partial(train_lib.train_step, parts), donate_argnums=0)
+    new, _ = step(state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_the_step_and_the_last_good_checkpoint(
+    data_dir, tmp_path
+):
+    config = tiny(data_dir, total_steps=12, save_every=2, eval_every=0)
+    config.optimizer.update({"learning_rate": 1e30, "warmup_steps": 0, "clip_norm": 0.0})
+    with pytest.raises(FloatingPointError, match=r"step \d+ is not finite .* last good"):
+        run(config, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    for step in folder.glob("[0-9]*"):
+        info = dataset_info("digits", data_dir=data_dir)
+        _, init = train_lib.make_parts(config, info)
+        checkpoints = train_lib.Checkpoints(folder, read_only=True)
+        state, _ = checkpoints.restore(
+            int(step.name), train_lib.abstract_state(init, make_mesh())
+        )
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_skipped_updates_change_nothing_but_the_step(data_dir):
+    config = tiny(data_dir)
+    info = dataset_info("digits", data_dir=data_dir)
+    parts, init = train_lib.make_parts(config, info)
+    step = jax.jit(functools.partial(train_lib.train_step, parts))
+    state = jax.jit(init)()
+    sick = state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+    batch = {
+        "image": np.zeros((16, 8, 8, 3), np.uint8),
+        "label": np.zeros(16, np.int32),
+        "mask": np.ones(16, bool),
+    }
+    new, metrics = step(sick, batch)
+    assert not metrics["finite"]
+    assert int(new.step) == 1
+    assert_same_bits(sick.opt_state, new.opt_state)
+    healthy, metrics = step(state, batch)
+    assert metrics["finite"]
+    moved = named_leaves(healthy.opt_state)
+    assert any((np.asarray(x) != 0).any() for x in moved.values())
+
+
+def test_as_many_skips_as_asked_for_are_survived(data_dir, tmp_path, monkeypatch):
+    config = tiny(data_dir, total_steps=8, save_every=0, eval_every=0, train__max_skips=2)
+    original = train_lib.make_augmentation(**config.augment)
+    poisoned_step = train_lib.train_step
+
+    def poisoned(parts, state, batch):
+        new, metrics = poisoned_step(parts, state, batch)
+        bad = (state.step == 2) | (state.step == 5)
+        keep = jax.tree.map(lambda a, b: jax.numpy.where(bad, a, b), state, new)
+        return keep._replace(step=new.step), metrics | {"finite": metrics["finite"] & ~bad}
+
+    del original
+    monkeypatch.setattr(train_lib, "train_step", poisoned)
+    trainer, _ = run(config, tmp_path / "two")
+    assert trainer.monitor.skipped == 2
+    config.train.max_skips = 1
+    with pytest.raises(FloatingPointError, match="step 6 is not finite"):
+        run(config, tmp_path / "one")
+
+
+def test_time_adds_up_to_the_wall_time(data_dir, tmp_path):
+    run(tiny(data_dir, total_steps=3, eval_every=2, save_every=2), tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert set(record["seconds"]) == set(Stopwatch.NAMES)
+    assert sum(record["seconds"].values()) == pytest.approx(record["wall_seconds"], abs=0.1)
+    for name in ("start", "compile", "steps", "data_wait", "saving", "evaluation"):
+        assert record["seconds"][name] > 0, name
+
+
+def test_evaluate_checkpoint_gives_the_numbers_of_training(data_dir, tmp_path):
+    config = tiny(data_dir, total_steps=3)
+    _, results = run(config, tmp_path / "run")
+    step, again = train_lib.evaluate_checkpoint(config, epath.Path(tmp_path / "run"))
+    assert step == 3
+    assert again == results
+
+
+def test_a_finished_run_started_again_changes_nothing(data_dir, tmp_path):
+    config = tiny(data_dir, total_steps=2)
+    _, results = run(config, tmp_path / "run")
+    files = ("metrics.jsonl", "run.json", "config.json")
+    before = [(tmp_path / "run" / name).read_text() for name in files]
+    trainer, again = run(config, tmp_path / "run")
+    assert again == results
+    assert trainer.finished
+    assert before == [(tmp_path / "run" / name).read_text() for name in files]
+
+
+@pytest.mark.parametrize(
+    "leaves, words",
+    [
+        ({"batch_size": 20}, "batch_size=20 must be a multiple of the 8 devices; try 16"),
+        ({"model__image_size": (9, 8)}, r"image_size=\(9, 8\) must be a multiple .* \(8, 8\)"),
+        ({"model__variant": "Q/2"}, "variant='Q/2' is unknown.*Ti, S, M?"),
+        ({"objective__name": "supervize"}, "unknown.*did you mean 'supervised'"),
+        ({"augment__name": "flipp"}, "flip.*inception_crop_flip"),
+        ({"optimizer__schedule": "cos"}, "schedule='cos' is unknown.*cosine"),
+        ({"evals__test__name": "clasification"}, "did you mean 'classification'"),
+        ({"data__split": "training"}, "train"),
+        ({"data__name": "nothing"}, "vit-jax prepare"),
+        ({"mesh__data": 3}, "does not multiply to the 8 devices"),
+        ({"objective__pool": "cls"}, "cls_token"),
+        ({"augment__size": (6, 6)}, r"augment.size|\(6, 6\)"),
+        ({"train__best_metric": "tset/top1"}, "best_metric.*test"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_compiles(
+    data_dir, tmp_path, monkeypatch, leaves, words
+):
+    monkeypatch.setattr(train_lib.Trainer, "_compile", lambda *_: pytest.fail("compiled"))
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        run(tiny(data_dir, **leaves), tmp_path / "run")
+
+
+def test_an_unknown_key_names_the_nearest(data_dir, tmp_path):
+    config = tiny(data_dir)
+    with config.unlocked():
+        config.optimizer.learning_rat = 1.0
+    with pytest.raises(ValueError, match=r"optimizer.*learning_rat.*did you mean 'learning_rate'"):
+        run(config, tmp_path / "run")
+
+
+def test_another_config_on_the_same_workdir_is_refused_but_cadences_may_change(data_dir, tmp_path):
+    config = tiny(data_dir, total_steps=2)
+    run(config, tmp_path / "run")
+    other = tiny(data_dir, total_steps=2, optimizer__learning_rate=0.5, seed=1)
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.002 -> 0.5; seed: 0 -> 1"):
+        run(other, tmp_path / "run")
+    run(tiny(data_dir, total_steps=2, log_every=2, eval_every=1), tmp_path / "run")
+
+
+def test_another_dataset_under_the_same_name_is_refused(data_dir, tmp_path, monkeypatch):
+    config = tiny(data_dir, total_steps=2)
+    run(config, tmp_path / "run")
+    changed = lambda *a, **k: train_lib.dataclasses.replace(  # noqa: E731
+        dataset_info(*a, **k), fingerprint="0" * 64
+    )
+    monkeypatch.setattr(train_lib, "dataset_info", changed)
+    with pytest.raises(ValueError, match="dataset fingerprint: .* -> 000000000000"):
+        run(config, tmp_path / "run")
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(data_dir, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.9, 0.3, 0.2, 0.4, 0.5])
+    real = train_lib.evaluate
+    monkeypatch.setattr(
+        train_lib, "evaluate", lambda *a: real(*a) | {"test/top1": next(scores)}
+    )
+    leaves = {"total_steps": 6, "eval_every": 1, "save_every": 1, "train__keep": 1}
+    trainer, _ = run(tiny(data_dir, **leaves), tmp_path / "run")
+    kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+    assert kept == [2, 6]

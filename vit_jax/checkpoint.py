@@ -1,0 +1,194 @@
+"""Checkpoints: the only file that knows Orbax.
+
+On disk a state is a nested dict of arrays whose names do not depend on how it was run: blocks are
+unstacked whether or not they were scanned, and optimiser states are dicts by field name.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import traverse_util
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
+
+from vit_jax.tree import named_leaves
+
+STACKED = re.compile(r"^(.*\bblocks)/(?!\d+/)(.+)$")  # scanned blocks: no number after the name
+
+
+class _Best:
+    """Preserves the `number` checkpoints with the highest score; unscored ones are not preserved."""
+
+    def __init__(self, number: int):
+        self.number, self.scores = number, {}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [c.step for c in checkpoints if c.step in self.scores]
+        best = sorted(steps, key=lambda step: (self.scores[step], step))[::-1][: self.number]
+        return [checkpoint.step in best for checkpoint in checkpoints]
+
+
+class Checkpoints:
+    """The checkpoints of one run, written in the background and renamed when whole.
+
+    Args:
+      folder: `workdir/checkpoints`; made if missing unless read_only.
+      keep: how many of the newest are kept, at least 1.
+      keep_best: how many of the best by `score` are kept beside them.
+      read_only: for reading a run's checkpoints, perhaps while it goes on.
+    """
+
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        *,
+        keep: int = 2,
+        keep_best: int = 0,
+        read_only: bool = False,
+    ):
+        if keep < 1 or keep_best < 0:
+            raise ValueError(f"keep={keep} must be at least 1, keep_best={keep_best} at least 0.")
+        self.folder = epath.Path(folder)
+        if read_only and not self.folder.exists():
+            raise FileNotFoundError(f"no checkpoint in {self.folder}; train first.")
+        self._best = _Best(keep_best)
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,  # what a killed save left behind
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), self._best]),
+        )
+        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            self.folder.absolute(), options=options, item_handlers=handlers
+        )
+
+    def steps(self) -> list[int]:
+        """The whole checkpoints on disk, oldest first."""
+        self._manager.reload()
+        return sorted(self._manager.all_steps())
+
+    def score(self, step: int, value: float) -> None:
+        """Tells how good the checkpoint of `step` is (higher is better), before it is saved."""
+        self._best.scores[step] = value
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Copies the state to the host and returns; the rest happens in the background.
+
+        Raises:
+          OSError: this or the previous save could not be written; older checkpoints are whole.
+        """
+        tree = traverse_util.unflatten_dict(unstack(named_leaves(state)), sep="/")
+        arguments = {"state": ocp.args.StandardSave(tree), "meta": ocp.args.JsonSave(meta)}
+        self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**arguments)))
+
+    def wait(self) -> None:
+        """Returns when all saves are on disk; raises OSError as `save` does."""
+        self._guard(self._manager.wait_until_finished)
+
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """The state and the meta data of `step`.
+
+        Args:
+          abstract: the wanted tree, its leaves `jax.ShapeDtypeStruct`s with shardings.
+
+        Raises:
+          ValueError: the checkpoint holds other names or shapes.
+        """
+        wanted = named_leaves(abstract)
+        names = traverse_util.unflatten_dict(unstack_abstract(wanted), sep="/")
+        self._check_names(step, names)
+        arguments = {"state": ocp.args.StandardRestore(names), "meta": ocp.args.JsonRestore()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        arrays = stack(traverse_util.flatten_dict(restored.state, sep="/"), wanted)
+        return jax.tree.unflatten(jax.tree.structure(abstract), arrays.values()), restored.meta
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The meta data of `step` alone."""
+        arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=arguments).meta
+
+    def close(self) -> None:
+        """Waits and frees the threads."""
+        self._manager.close()
+
+    def _check_names(self, step: int, wanted: dict) -> None:
+        metadata = self._manager.item_metadata(step)["state"]
+        saved = {k: tuple(v.shape) for k, v in _flat(metadata.tree).items()}
+        wanted = {k: tuple(v.shape) for k, v in _flat(wanted).items()}
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"checkpoint {self.folder / str(step)} holds {name} as {saved.get(name)}, the "
+                    f"config makes it {wanted.get(name)}; use the config that it was trained with."
+                )
+
+    def _guard(self, action: Callable[[], Any]) -> None:
+        """Runs a saving action; a storage error of any kind becomes an OSError in one line."""
+        try:
+            action()
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0][:300] if str(error) else repr(error)
+            steps = self._whole_steps()
+            raise OSError(
+                f"saving to {self.folder} failed ({reason}); "
+                + (f"checkpoint {steps[-1]} is whole: " if steps else "no checkpoint yet: ")
+                + "free the disk and start again."
+            ) from error
+
+    def _whole_steps(self) -> list[int]:
+        # From the folder itself: after a failed save the manager's own list cannot be trusted.
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+
+
+def unstack(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Names of scanned blocks get the layer's number: 'blocks/norm1/scale' -> 'blocks/0/norm1/…'."""
+    out = {}
+    for name, leaf in leaves.items():
+        if match := STACKED.match(name):
+            parts = {f"{match[1]}/{i}/{match[2]}": part for i, part in enumerate(_unstack(leaf))}
+            out |= parts
+        else:
+            out[name] = leaf
+    return out
+
+
+def unstack_abstract(leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+    """`unstack` for shapes; the layer's axis must not be sharded."""
+    out = {}
+    for name, leaf in leaves.items():
+        if match := STACKED.match(name):
+            sharding = leaf.sharding
+            if sharding is not None:
+                spec = jax.sharding.PartitionSpec(*sharding.spec[1:])
+                sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
+            part = jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+            out |= {f"{match[1]}/{i}/{match[2]}": part for i in range(leaf.shape[0])}
+        else:
+            out[name] = leaf
+    return out
+
+
+def stack(leaves: dict[str, jax.Array], wanted: dict[str, Any]) -> dict[str, jax.Array]:
+    """The inverse of `unstack`, in the order and with the shardings of `wanted`."""
+    out = {}
+    for name, target in wanted.items():
+        if match := STACKED.match(name):
+            parts = [leaves[f"{match[1]}/{i}/{match[2]}"] for i in range(target.shape[0])]
+            out[name] = jax.jit(lambda *x: jnp.stack(x), out_shardings=target.sharding)(*parts)
+        else:
+            out[name] = leaves[name]
+    return out
+
+
+@jax.jit
+def _unstack(leaf: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(jnp.unstack(leaf))
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep="/")

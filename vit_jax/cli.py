@@ -1,0 +1,67 @@
+"""The command `vit-jax`: a table of commands, and what becomes of their errors."""
+
+import sys
+from collections.abc import Callable
+
+from vit_jax.spelling import nearest
+
+
+def _prepare(argv: list[str]) -> int:
+    from vit_jax.commands import prepare
+
+    return prepare.main(argv)
+
+
+def _train(argv: list[str]) -> int:
+    from vit_jax.commands import train
+
+    return train.main(argv)
+
+
+def _evaluate(argv: list[str]) -> int:
+    from vit_jax.commands import evaluate
+
+    return evaluate.main(argv)
+
+
+# Imported when called: `vit-jax --help` need not wait for jax.
+COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
+    "prepare": (_prepare, "makes a dataset"),
+    "train": (_train, "trains a model, or resumes"),
+    "evaluate": (_evaluate, "evaluates a checkpoint"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; an error of the user's becomes one line and exit code 1."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in argv
+    argv = [argument for argument in argv if argument != "--traceback"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if argv else 1
+    try:
+        if argv[0] not in COMMANDS:
+            raise ValueError(
+                f"command {argv[0]!r} is unknown{nearest(argv[0], COMMANDS)}; "
+                f"choose one of {', '.join(COMMANDS)}."
+            )
+        return COMMANDS[argv[0]][0](argv[1:])
+    except (ValueError, OSError, ArithmeticError, ImportError) as error:
+        if traceback:
+            raise
+        print(f"vit-jax: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items())
+    return (
+        "usage: vit-jax COMMAND [flags]; `vit-jax COMMAND --help` lists the flags\n\n"
+        f"{rows}\n\nAn error is one line; --traceback shows where it came from."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

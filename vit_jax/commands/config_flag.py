@@ -1,0 +1,80 @@
+"""The flag --config=FILE[:arg] and the overrides --config.a.b=value."""
+
+import pathlib
+import runpy
+from collections.abc import Callable, Sequence
+
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+import vit_jax
+from vit_jax.commands.flags import parse
+from vit_jax.config import flatten, recipe_path
+from vit_jax.spelling import nearest
+
+PACKAGE = epath.Path(vit_jax.__file__).parent
+# An installed package carries the recipes inside, a checkout has them beside it.
+RECIPE_FOLDERS = (PACKAGE / "configs", PACKAGE.parent / "configs")
+
+
+def load_config(text: str) -> ConfigDict:
+    """The config of 'configs/digits.py:debug', or of 'digits:debug' by the recipe's name.
+
+    Raises:
+      FileNotFoundError: no such file or recipe.
+      ValueError: the file does not define get_config, or does not take the argument.
+    """
+    name, _, arg = text.partition(":")
+    path = recipe_path(name, RECIPE_FOLDERS)
+    get_config = runpy.run_path(str(pathlib.Path(path))).get("get_config")
+    if get_config is None:
+        raise ValueError(f"{path} defines no get_config(arg='').")
+    return get_config(arg)
+
+
+def parse_with_config(
+    argv: Sequence[str], define: Callable[[flags.FlagValues], None], *, usage: str
+) -> tuple[flags.FlagValues, ConfigDict]:
+    """Parses flags, --config and its overrides.
+
+    Args:
+      argv: without the command's name.
+      define: defines the other flags.
+      usage: for --help.
+
+    Returns:
+      The flags, and the config with the overrides in it.
+
+    Raises:
+      ValueError: no --config, an unknown key (the nearest is named), or a value of a wrong type.
+    """
+    text, rest = _take_config(list(argv))
+    if text is None:
+        parse(rest, define, usage=usage)  # answers --help
+        raise ValueError("--config is missing: give a file or a recipe, like --config=digits.")
+    config = load_config(text)
+    known = flatten(config)
+    for argument in rest:
+        key = argument.lstrip("-").split("=", 1)[0]
+        if argument.startswith("-") and key.startswith("config.") and key[7:] not in known:
+            raise ValueError(f"--{key}: the config has no such key{nearest(key[7:], known)}.")
+
+    def define_all(values: flags.FlagValues) -> None:
+        define(values)
+        arguments = ["vit-jax", *rest]
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=arguments)
+
+    values, positional = parse(rest, define_all, usage=usage)
+    if positional:
+        raise ValueError(f"argument {positional[0]!r} is unknown; flags start with --.")
+    return values, values.config
+
+
+def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    for index, argument in enumerate(argv):
+        if argument in ("--config", "-config") and index + 1 < len(argv):
+            return argv[index + 1], argv[:index] + argv[index + 2 :]
+        if argument.startswith(("--config=", "-config=")):
+            return argument.split("=", 1)[1], argv[:index] + argv[index + 1 :]
+    return None, argv

@@ -1,0 +1,198 @@
+"""Config files: finding, validating, comparing and recording them."""
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from vit_jax.spelling import nearest
+
+TOP_LEVEL = {
+    *("seed", "total_steps", "batch_size", "log_every", "eval_every", "save_every"),
+    *("model", "objective", "preprocess", "augment", "data", "optimizer", "mesh", "train", "evals"),
+}
+
+# What may change between two starts on one workdir: it alters when and how fast, never what.
+CHANGEABLE = (
+    *("log_every", "eval_every", "save_every", "mesh", "train.keep", "train.keep_best"),
+    *("train.max_skips", "train.wandb", "data.data_dir", "data.num_workers", "data.num_threads"),
+    *("data.prefetch", "data.strict"),
+)
+
+
+def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
+    """Parses a config's argument, 'variant=S/16,epochs=90,debug', by the types of the defaults.
+
+    A bare word turns on the bool of that name, or, where there is none, is an error.
+
+    Raises:
+      ValueError: an unknown name (the nearest is named) or a value of the wrong type.
+    """
+    values = dict(defaults)
+    for item in filter(None, arg.split(",")):
+        name, equals, text = item.partition("=")
+        if name not in defaults:
+            raise ValueError(
+                f"config argument {name!r} is unknown{nearest(name, defaults)}; "
+                f"choose from {', '.join(defaults)}."
+            )
+        values[name] = _parse_value(name, text if equals else "true", type(defaults[name]))
+    return ConfigDict(values)
+
+
+def _parse_value(name: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"config argument {name}={text!r} must be true or false.")
+        return text.lower() in ("true", "1")
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"config argument {name}={text!r} must be of {kind.__name__}.") from error
+
+
+def check_top_level(config: ConfigDict) -> None:
+    """Raises ValueError for a section that nothing reads, or one that is missing."""
+    for key in config:
+        if key not in TOP_LEVEL:
+            raise ValueError(f"config has an unknown key {key!r}{nearest(key, TOP_LEVEL)}.")
+    if missing := sorted(TOP_LEVEL - set(config)):
+        raise ValueError(f"config lacks {', '.join(missing)}.")
+    for key in ("total_steps", "batch_size", "log_every"):
+        if config[key] < 1:
+            raise ValueError(f"{key}={config[key]} must be at least 1.")
+
+
+def call(section: str, function: Callable, values: Mapping[str, Any], **derived: Any) -> Any:
+    """function(**values, **derived), after checking the section's keys against the signature.
+
+    Args:
+      section: name in the config, for messages.
+      function: takes keyword arguments.
+      values: the config section.
+      derived: what the run adds; not to be set in the config.
+
+    Raises:
+      ValueError: a key that the function does not take (the nearest is named), or a missing one.
+    """
+    values = plain(values)
+    # Of a class, its __init__: the metaclass of NNX modules hides it.
+    target = functools.partial(function.__init__, None) if isinstance(function, type) else function
+    parameters = inspect.signature(target).parameters
+    allowed = [name for name in parameters if name not in derived]
+    for key in values:
+        if key not in allowed:
+            raise ValueError(f"config.{section} has an unknown key {key!r}{nearest(key, allowed)}.")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in values and name not in derived:
+            raise ValueError(f"config.{section} lacks {name!r}.")
+    return function(**values, **{k: v for k, v in derived.items() if k in parameters})
+
+
+def choose(section: str, choices: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Any, dict]:
+    """The choice that a section's 'name' makes, and the section's other values.
+
+    Raises:
+      ValueError: a name that is not among the choices; they are listed.
+    """
+    rest = dict(plain(values))
+    name = rest.pop("name", None)
+    if name not in choices:
+        raise ValueError(
+            f"config.{section}.name={name!r} is unknown{nearest(str(name), choices)}; "
+            f"choose one of {', '.join(choices)}."
+        )
+    return choices[name], rest
+
+
+def plain(values: Any) -> Any:
+    """ConfigDicts and tuples as plain dicts and lists, as they are after a trip through JSON."""
+    if isinstance(values, (ConfigDict, Mapping)):
+        return {key: plain(value) for key, value in values.items()}
+    if isinstance(values, (tuple, list)):
+        return [plain(value) for value in values]
+    return values
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    flat = {}
+    for key, value in plain(values).items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """'key: old -> new' for each leaf that differs and may not change during a run."""
+    old, new = flatten(old), flatten(new)
+    return [
+        f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _changeable(key)
+    ]
+
+
+def _changeable(key: str) -> bool:
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in CHANGEABLE)
+
+
+def save_json(path: epath.Path, values: Mapping[str, Any]) -> None:
+    """Writes beside, then renames: a reader sees the old file or the new one."""
+    temporary = path.parent / f".{path.name}.tmp"
+    temporary.write_text(json.dumps(plain(values), indent=2) + "\n")
+    temporary.replace(path)
+
+
+def load_run_config(workdir: epath.Path) -> ConfigDict:
+    """The resolved config of a run.
+
+    Raises:
+      FileNotFoundError: no run was ever started there.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint in {workdir}: it has no config.json of a run.")
+    return ConfigDict(json.loads(path.read_text()))
+
+
+def recipe_path(name: str, folders: Iterable[epath.Path]) -> str:
+    """The file of a recipe given by path ('configs/digits.py') or by name ('digits').
+
+    Raises:
+      FileNotFoundError: neither; the known names are listed.
+    """
+    if epath.Path(name).exists():
+        return name
+    known = {}
+    for folder in folders:
+        if folder.exists():
+            known |= {path.stem: path for path in sorted(folder.glob("*.py"))}
+    if name in known:
+        return str(known[name])
+    stem = epath.Path(name).stem
+    raise FileNotFoundError(
+        f"config {name!r} does not exist{nearest(stem, known)}; "
+        f"give a path or one of {', '.join(sorted(known))}."
+    )
+
+
+def dataset_size(name: str, *, split: str, data_dir: str) -> int:
+    """Number of examples of a prepared dataset's split: what turns epochs into steps.
+
+    Raises:
+      FileNotFoundError: the dataset is missing, with the command that makes it.
+      ValueError: no such split.
+    """
+    from vit_jax.data.sources import dataset_info  # a config without epochs need not wait for it
+
+    splits = dataset_info(name, data_dir=data_dir).splits
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}, only {', '.join(splits)}.")
+    return splits[split]

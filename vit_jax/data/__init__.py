@@ -1,0 +1,1 @@
+"""Records on disk, decoded, augmented and batched: numpy on the host, no model in sight."""

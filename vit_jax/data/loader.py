@@ -1,0 +1,355 @@
+"""Batches of a source, by arithmetic: slot j of step n is position n·B + j of the stream.
+
+Which example stands at a position, and how it is augmented, is a function of (seed, position)
+(`order.py`). So batches do not depend on the number of processes, workers or threads, nor on where
+reading starts, and a loader has no state to save.
+"""
+
+import dataclasses
+import functools
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from vit_jax.data.augment import Augmentation
+from vit_jax.data.decode import DecodeError
+from vit_jax.data.order import ORDERS, example_rng
+from vit_jax.data.sources import load_source
+
+Batch = dict[str, np.ndarray]
+
+HOST_ONLY = ("position", "index", "error")  # keys of a batch that stay off the devices
+
+
+class Records(Protocol):
+    """What can be loaded: `sources.Source`, or any list of records."""
+
+    def __len__(self) -> int:
+        """The number of examples."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`{'image': encoded bytes, 'label': int, …}`; OSError, naming it, if it is unreadable."""
+
+
+def make_loader(
+    *,
+    name: str,
+    split: str = "train",
+    data_dir: str = "data",
+    order: str = "global",
+    num_workers: int = 0,
+    num_threads: int = 0,
+    prefetch: int = 2,
+    strict: bool = False,
+    augment: Augmentation,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "Loader":
+    """Training batches of the dataset `name`, for steps `start_step` to `num_steps` - 1.
+
+    `batch_size` is global; this process gets its contiguous share of every batch. The rest of the
+    arguments are those of `Loader`.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r} is unknown; choose from {', '.join(ORDERS)}.")
+    source = load_source(name, split=split, data_dir=data_dir)
+    return Loader(
+        source,
+        order=functools.partial(ORDERS[order], num_examples=len(source), seed=seed),
+        augment=augment,
+        batch_size=batch_size,
+        seed=seed,
+        start_step=start_step,
+        num_steps=num_steps,
+        process_index=process_index,
+        process_count=process_count,
+        num_workers=num_workers,
+        num_threads=num_threads,
+        prefetch=prefetch,
+        strict=strict,
+    )
+
+
+def make_eval_loader(
+    *,
+    name: str,
+    split: str,
+    data_dir: str = "data",
+    num_workers: int = 0,
+    num_threads: int = 0,
+    prefetch: int = 2,
+    strict: bool = False,
+    augment: Augmentation,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "Loader":
+    """Every example of a split once, in order; the same number of steps on every process.
+
+    What the last batch lacks is padding: zero images with `mask` False and `index` -1. An
+    unreadable example has `mask` False too, but its index and an `error`. So the examples with
+    `mask` and those with an error make up the split.
+    """
+    source = load_source(name, split=split, data_dir=data_dir)
+    return Loader(
+        source,
+        order=functools.partial(each_once, num_examples=len(source)),
+        augment=augment,
+        batch_size=batch_size,
+        seed=0,
+        num_steps=-(-len(source) // max(batch_size, 1)),
+        process_index=process_index,
+        process_count=process_count,
+        num_workers=num_workers,
+        num_threads=num_threads,
+        prefetch=prefetch,
+        strict=strict,
+    )
+
+
+def each_once(position: int, *, num_examples: int) -> int:
+    """The order of an evaluation: as stored, and -1 (padding) after the last example."""
+    return position if position < num_examples else -1
+
+
+class Loader:
+    """An iterator over batches; close it, or use it in a `with`, to end its threads and processes.
+
+    A batch holds this process's examples, slots process_index·b to (process_index + 1)·b - 1 of the
+    global batch, where b = batch_size / process_count:
+
+    - what the recipe makes, such as `image` uint8 [b, height, width, 3];
+    - `label` int32 [b], and `mask` bool [b], False for padding and for unreadable examples, whose
+      arrays and labels are zero;
+    - for the host: `position` int64 [b] in the stream, `index` int64 [b] in the source (-1 for
+      padding), and `error` str [b], which names an unreadable example and says why ('' if fine).
+
+    Arguments: `order` maps a position to an index, or to -1 for padding. `num_workers` processes
+    take the batches in turn; with 0 this process loads them itself. `num_threads` threads decode
+    the examples of a batch, in each worker; 0 means one there, and one for each core (up to 16) if
+    there are no workers. `prefetch` batches are kept ready, by each worker. With `strict` an
+    unreadable example is a ValueError.
+    """
+
+    def __init__(
+        self,
+        source: Records,
+        *,
+        order: Callable[[int], int],
+        augment: Augmentation,
+        batch_size: int,
+        seed: int,
+        start_step: int = 0,
+        num_steps: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        num_workers: int = 0,
+        num_threads: int = 0,
+        prefetch: int = 2,
+        strict: bool = False,
+    ):
+        _check_counts(batch_size, process_count, num_workers, num_threads, prefetch)
+        if not len(source):
+            raise ValueError("the source has no examples; load another split.")
+        self.source = source
+        self.num_steps = num_steps
+        self._batches = _LocalBatches(
+            source=source,
+            order=order,
+            augment=augment,
+            blank=augment.zeros(),
+            seed=seed,
+            strict=strict,
+            batch_size=batch_size,
+            first_slot=process_index * batch_size // process_count,
+            num_slots=batch_size // process_count,
+            steps=range(start_step, num_steps),
+            num_threads=num_threads or (1 if num_workers else _num_cores()),
+        )
+        self._num_workers = min(num_workers, len(self._batches))
+        self._prefetch = prefetch
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise ValueError("this loader was closed; make another one to read more batches.")
+        # Batches from workers lie in shared memory, in a subclass of ndarray whose slices do not
+        # keep that memory alive. A plain view of it does.
+        return {name: np.asarray(value) for name, value in next(self._iterator).items()}
+
+    def __len__(self) -> int:
+        """The number of batches from `start_step` on."""
+        return len(self._batches)
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads and processes; batches handed out stay valid."""
+        self._closed = True
+        iterator = self.__dict__.pop(
+            "_iterator", None
+        )  # dropped, for it holds what it had prefetched
+        if iterator:
+            iterator.close()
+        self._batches.close()
+
+    @functools.cached_property
+    def _iterator(self) -> grain.DatasetIterator:
+        # Two at once, so that no thread idles while the last examples of a batch are decoded.
+        reading = grain.ReadOptions(
+            num_threads=min(2, self._prefetch), prefetch_buffer_size=self._prefetch
+        )
+        dataset = grain.MapDataset.source(self._batches).to_iter_dataset(reading)
+        if self._num_workers:
+            if not flags.FLAGS.is_parsed():  # in a notebook, say; grain reads its own flags
+                flags.FLAGS.mark_as_parsed()
+            workers = grain.MultiprocessingOptions(num_workers=self._num_workers)
+            dataset = dataset.mp_prefetch(workers, worker_init_fn=_start_worker)
+        return iter(dataset)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LocalBatches:
+    """This process's part of the batch of each of `steps`, by index: what grain reads."""
+
+    source: Records
+    order: Callable[[int], int]
+    augment: Augmentation
+    blank: dict[str, np.ndarray]
+    seed: int
+    strict: bool
+    batch_size: int
+    first_slot: int
+    num_slots: int
+    steps: range
+    num_threads: int
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, number: int) -> Batch:
+        first = self.steps[number] * self.batch_size + self.first_slot
+        batch = {
+            name: np.empty((self.num_slots, *value.shape), value.dtype)
+            for name, value in self.blank.items()
+        }
+        batch["label"] = np.zeros(self.num_slots, np.int32)
+        batch["mask"] = np.zeros(self.num_slots, bool)
+        batch["position"] = np.arange(first, first + self.num_slots)
+        batch["index"] = np.empty(self.num_slots, np.int64)
+        errors = [""] * self.num_slots
+        # A few parts for each thread, so that all finish at about the same time.
+        length = -(-self.num_slots // (4 * self.num_threads))
+        parts = [slice(at, at + length) for at in range(0, self.num_slots, length)]
+        for _ in self._pool.map(functools.partial(self._fill, batch, errors), parts):
+            pass  # here an exception from a part comes out
+        batch["error"] = np.array(errors)
+        return batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields; the threads stay behind when this goes to a worker."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def close(self) -> None:
+        """Ends the threads, after the examples that they are at."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @functools.cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.num_threads, thread_name_prefix="vit_jax-decode")
+
+    def _fill(self, batch: Batch, errors: list[str], part: slice) -> None:
+        """Writes the examples of some slots, each straight to where it belongs in the batch."""
+        for slot in range(*part.indices(self.num_slots)):
+            position = int(batch["position"][slot])
+            index = batch["index"][slot] = self.order(position)
+            arrays, label, errors[slot] = self._load(position, index)
+            batch["label"][slot] = label
+            batch["mask"][slot] = index >= 0 and not errors[slot]
+            for name, value in arrays.items():
+                batch[name][slot] = value
+
+    def _load(self, position: int, index: int) -> tuple[dict[str, np.ndarray], int, str]:
+        """The recipe's arrays, the label, and what is wrong with the example ('' if nothing)."""
+        if index < 0:
+            return self.blank, 0, ""
+        record = {}
+        try:
+            record = self.source[index]
+            arrays = self.augment(record, example_rng(position, seed=self.seed))
+            return arrays, record["label"], ""
+        except (DecodeError, OSError) as error:
+            message = _describe(error, index, record)
+            if self.strict:
+                raise ValueError(message) from error
+            return self.blank, 0, message
+
+
+def _describe(error: Exception, index: int, record: dict[str, Any]) -> str:
+    """One line on an unreadable example. A source's own OSError names the example already."""
+    if isinstance(error, OSError):
+        return " ".join(str(error).split())
+    name = record.get("filename", b"")
+    name = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+    return f"example {index}{name and f' ({name})'} cannot be decoded: {error}"
+
+
+def _start_worker(worker_index: int, num_workers: int) -> None:
+    """Leaves it to the parent when to stop, and stops with it, however the parent ends.
+
+    A signal to the whole group (Ctrl-C, a scheduler's SIGTERM) must not take the data away from a
+    run that is about to save.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Nothing else ends a worker whose parent was killed: it would wait for ever to be read."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _num_cores() -> int:
+    """The cores that this process may use, at most 16: beyond that threads wait for the GIL."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), 16)
+    return min(os.cpu_count() or 1, 16)
+
+
+def _check_counts(
+    batch_size: int, process_count: int, num_workers: int, num_threads: int, prefetch: int
+) -> None:
+    if batch_size < 1 or batch_size % process_count:
+        near = max(batch_size // process_count, 1) * process_count
+        raise ValueError(
+            f"batch_size={batch_size} must be a multiple of the {process_count} processes; "
+            f"try {near}."
+        )
+    for name, value, least in (
+        ("num_workers", num_workers, 0),
+        ("num_threads", num_threads, 0),
+        ("prefetch", prefetch, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value} must be {least} or more.")

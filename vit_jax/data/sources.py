@@ -1,0 +1,201 @@
+"""Datasets on disk: TFDS folders of ArrayRecord files, read by index and without TensorFlow.
+
+Whatever `vit-jax prepare` makes is a stock TFDS dataset with one more file, `vit_jax.json`: what
+was learnt while it was made (fingerprint, mean and standard deviation, class counts, unreadable
+files). Datasets made by TFDS itself are read too; they only lack that file.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+METADATA = "vit_jax.json"
+"""The file beside TFDS's own `dataset_info.json` that holds what `vit-jax prepare` learnt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What a dataset on disk holds; cheap to make, no record is read."""
+
+    name: str
+    path: epath.Path
+    """The version folder, which `tfds.builder_from_directory` opens."""
+    splits: dict[str, int]
+    """Number of examples in each split."""
+    class_names: tuple[str, ...]
+    fingerprint: str
+    """SHA-256 over what training sees: class names, and per split and in order the labels and
+    images (of a JPEG its bytes, of a PNG its pixels). Files, machine and time do not enter. Where
+    `vit-jax prepare` has not seen a dataset: over its metadata and its files' names and sizes."""
+    mean: tuple[float, float, float] | None
+    """Of each channel of the training images, in [0, 1]; None if it was not measured."""
+    std: tuple[float, float, float] | None
+
+
+def dataset_info(name: str, *, data_dir: str) -> DatasetInfo:
+    """Describes the dataset `name` (`name[/config][:version]`, the newest version by default).
+
+    Raises FileNotFoundError, with the command that makes it, if it is not there, and ValueError if
+    it is not in ArrayRecord form or has no images with class labels.
+    """
+    path = _version_folder(name, data_dir)
+    info = _builder(path).info
+    if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise ValueError(
+            f"{path} holds {info.file_format.value} files, which cannot be read by index; "
+            f"run `vit-jax prepare convert {path} --name={info.name}_array --data_dir={data_dir}`"
+        )
+    splits = {split: found.num_examples for split, found in info.splits.items()}
+    metadata = read_metadata(path)
+    return DatasetInfo(
+        name=name,
+        path=path,
+        splits=splits,
+        class_names=class_names(info),
+        fingerprint=metadata.get("fingerprint") or _files_fingerprint(path),
+        mean=_triple(metadata.get("mean")),
+        std=_triple(metadata.get("std")),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One split, read by index: `len()` and `[index] -> {'image': encoded bytes, 'label': int, …}`.
+
+    Any number of threads may read at once. A pickle holds the path and not the open files, so it
+    can go to worker processes. A record that cannot be read is an OSError that names it.
+    """
+
+    info: DatasetInfo
+    split: str
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)} in {self.info.name}/{self.split}")
+        try:
+            return self._records[index]
+        except RuntimeError as error:  # array_record's word for a missing, cut or damaged file
+            reason = " ".join(str(error).split())
+            raise OSError(
+                f"example {index} of {self.info.name}/{self.split} cannot be read: {reason}"
+            ) from error
+
+    def __reduce__(self):
+        return Source, (self.info, self.split)
+
+    @functools.cached_property
+    def _records(self):
+        return _builder(self.info.path).as_data_source(
+            self.split, decoders={"image": tfds.decode.SkipDecoding()}
+        )
+
+
+def load_source(name: str, *, split: str, data_dir: str) -> Source:
+    """Opens a split of the dataset `name`; TFDS's arithmetic (`train[:90%]`) is understood.
+
+    Raises what `dataset_info` raises, ValueError for an unknown or empty split, and
+    FileNotFoundError if a file of the split is missing.
+    """
+    info = dataset_info(name, data_dir=data_dir)
+    try:
+        files = _builder(info.path).info.splits[split].file_instructions
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} has no split {split!r}; it has {', '.join(info.splits)} "
+            "(or a part of one, such as 'train[:90%]')"
+        ) from error
+    if not files:
+        raise ValueError(f"split {split!r} of {name!r} holds no example; take a larger part")
+    for file in files:
+        if not epath.Path(file.filename).exists():
+            raise FileNotFoundError(f"{file.filename} is missing: prepare {name!r} again")
+    return Source(info, split)
+
+
+def read_metadata(path: epath.Path) -> dict[str, Any]:
+    """What `vit-jax prepare` wrote beside the dataset in the version folder `path`, or nothing."""
+    file = path / METADATA
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def class_names(info: tfds.core.DatasetInfo) -> tuple[str, ...]:
+    """The names of the classes, by label; ValueError if examples are not images with a label."""
+    features = dict(info.features.items())
+    label = features.get("label")
+    if "image" not in features or not isinstance(label, tfds.features.ClassLabel):
+        raise ValueError(
+            f"{info.full_name} has the features {', '.join(features)}; "
+            "an 'image' and a 'label' with classes are needed"
+        )
+    if not label.num_classes:
+        raise ValueError(f"{info.full_name} does not say how many classes its labels have")
+    return tuple(label.names or map(str, range(label.num_classes)))
+
+
+def versions(folder: epath.Path) -> list[epath.Path]:
+    """The version folders (`1.0.0`) in `folder` that hold a dataset, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [each for each in folder.iterdir() if tfds.core.Version.is_valid(each.name)]
+    found = [each for each in found if (each / "dataset_info.json").exists()]
+    return sorted(found, key=lambda each: tfds.core.Version(each.name))
+
+
+def _version_folder(name: str, data_dir: str) -> epath.Path:
+    root = epath.Path(data_dir).expanduser()
+    base, _, version = name.partition(":")
+    found = versions(root / base) if base else []
+    if not found:
+        raise FileNotFoundError(_missing(base, root))
+    if not version:
+        return found[-1]
+    named = {each.name: each for each in found}
+    if version not in named:
+        raise FileNotFoundError(f"{base!r} has no version {version}; it has {', '.join(named)}")
+    return named[version]
+
+
+def _missing(base: str, root: epath.Path) -> str:
+    configs = [each.name for each in _folders(root / base) if versions(each)] if base else []
+    if configs:
+        choices = ", ".join(f"{base}/{config}" for config in sorted(configs))
+        return f"{base!r} is there in several configurations; name one of {choices}"
+    command = "digits" if base == "digits" else f"folder PATH --name={base}"
+    there = ", ".join(sorted(each.name for each in _folders(root))) or "nothing"
+    return (
+        f"no dataset {base!r} in data_dir {str(root)!r} (there: {there}); "
+        f"make it with `vit-jax prepare {command} --data_dir={root}`"
+    )
+
+
+def _folders(root: epath.Path) -> list[epath.Path]:
+    if not root.is_dir():
+        return []
+    return [each for each in root.iterdir() if each.is_dir() and not each.name.startswith(".")]
+
+
+def _files_fingerprint(path: epath.Path) -> str:
+    """Stands in for a fingerprint of the content where only TFDS has seen the dataset."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir(), key=lambda each: each.name):
+        if ".array_record-" in file.name:
+            digest.update(f"{file.name} {file.stat().length}\n".encode())
+        elif file.name.endswith(("dataset_info.json", "features.json", ".labels.txt")):
+            digest.update(f"{file.name} {file.read_text()}\n".encode())
+    return digest.hexdigest()
+
+
+def _triple(values: list[float] | None) -> tuple[float, float, float] | None:
+    return None if values is None else (values[0], values[1], values[2])
+
+
+def _builder(path: epath.Path) -> tfds.core.DatasetBuilder:
+    return tfds.builder_from_directory(path)

@@ -1,0 +1,1 @@
+"""Fused operations: one selector, one reference each; imports jax only."""

@@ -1,0 +1,1 @@
+"""Describes modules; imports jax and flax only."""

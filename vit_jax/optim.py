@@ -1,0 +1,161 @@
+"""Schedules, masks and optimisers: optax, named."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from vit_jax.tree import map_named
+
+# Weights of matrix products decay; biases, norms, scales, tokens and positions do not.
+DECAYED = ("kernel",)
+
+
+def cosine(peak: float, num_steps: int, end: float, cooldown_steps: int) -> optax.Schedule:
+    """Half a cosine from `peak` to `end` (Loshchilov & Hutter 2017, eq. 5, one period)."""
+    return optax.cosine_decay_schedule(peak, max(num_steps, 1), end / peak if peak else 0.0)
+
+
+def linear(peak: float, num_steps: int, end: float, cooldown_steps: int) -> optax.Schedule:
+    """A straight line from `peak` to `end`."""
+    return optax.linear_schedule(peak, end, max(num_steps, 1))
+
+
+def constant(peak: float, num_steps: int, end: float, cooldown_steps: int) -> optax.Schedule:
+    """`peak` for ever."""
+    return optax.constant_schedule(peak)
+
+
+def rsqrt(peak: float, num_steps: int, end: float, cooldown_steps: int) -> optax.Schedule:
+    """peak / √(1 + t / timescale), then a line to `end` in the last `cooldown_steps`.
+
+    Zhai et al. 2022, section 3.5 (timescale 10,000 steps).
+    """
+    timescale = 10_000
+
+    def decay(count):
+        return peak * (1 + count / timescale) ** -0.5
+
+    start = max(num_steps - cooldown_steps, 0)
+    if not cooldown_steps:
+        return decay
+    cooldown = optax.linear_schedule(decay(start), end, cooldown_steps)
+    return optax.join_schedules([decay, cooldown], [start])
+
+
+SCHEDULES: dict[str, Callable[[float, int, float, int], optax.Schedule]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+    "rsqrt": rsqrt,
+}
+
+
+def make_schedule(
+    *,
+    name: str,
+    learning_rate: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    cooldown_steps: int = 0,
+    end_learning_rate: float = 0.0,
+) -> optax.Schedule:
+    """Linear warmup from 0 to `learning_rate`, then the schedule called `name`.
+
+    Args:
+      name: one of SCHEDULES.
+      learning_rate: the peak.
+      total_steps: of the run, warmup and cooldown included.
+      warmup_steps, cooldown_steps: how many of them; only 'rsqrt' has a cooldown.
+      end_learning_rate: at the last step ('constant' ignores it).
+
+    Raises:
+      ValueError: an unknown name, or steps that do not fit.
+    """
+    _check_choice("schedule", name, SCHEDULES)
+    if cooldown_steps and name != "rsqrt":
+        raise ValueError(f"cooldown_steps={cooldown_steps} needs schedule='rsqrt', not {name!r}.")
+    if not 0 <= warmup_steps + cooldown_steps <= total_steps or min(warmup_steps, cooldown_steps) < 0:
+        raise ValueError(
+            f"warmup_steps={warmup_steps} and cooldown_steps={cooldown_steps} must fit into "
+            f"total_steps={total_steps}; shorten them."
+        )
+    after = total_steps - warmup_steps
+    schedule = SCHEDULES[name](learning_rate, after, end_learning_rate, cooldown_steps)
+    if not warmup_steps:
+        return schedule
+    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, schedule], [warmup_steps])
+
+
+def decay_mask(params: Any) -> Any:
+    """The same tree with a bool for each parameter: whether weight decay applies to it."""
+    return map_named(lambda name, _: name.rsplit("/", 1)[-1] in DECAYED, params)
+
+
+def adamw(schedule, *, b1, b2, eps, weight_decay) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter 2019): the decay is `weight_decay` × learning rate a step."""
+    return optax.adamw(
+        schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask
+    )
+
+
+OPTIMIZERS = {"adamw": adamw}
+
+
+def make_optimizer(
+    *,
+    name: str = "adamw",
+    schedule: str = "cosine",
+    learning_rate: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    cooldown_steps: int = 0,
+    end_learning_rate: float = 0.0,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    clip_norm: float = 0.0,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimiser and its learning-rate schedule.
+
+    Args:
+      name: one of OPTIMIZERS.
+      schedule, learning_rate, total_steps, warmup_steps, cooldown_steps, end_learning_rate: see
+        `make_schedule`.
+      weight_decay: decoupled, times the learning rate, on kernels only.
+      b1, b2, eps: of Adam.
+      clip_norm: the global norm that gradients are scaled down to; 0.0 for no clipping.
+
+    Raises:
+      ValueError: an unknown name or a value out of range.
+    """
+    _check_choice("optimizer", name, OPTIMIZERS)
+    if learning_rate < 0 or weight_decay < 0 or clip_norm < 0:
+        raise ValueError(
+            f"learning_rate={learning_rate}, weight_decay={weight_decay} and clip_norm={clip_norm} "
+            "must not be negative."
+        )
+    learning_rates = make_schedule(
+        name=schedule,
+        learning_rate=learning_rate,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        cooldown_steps=cooldown_steps,
+        end_learning_rate=end_learning_rate,
+    )
+    parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    parts.append(OPTIMIZERS[name](learning_rates, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
+    return optax.chain(*parts), learning_rates
+
+
+def update_ema(ema: Any, params: Any, decay: float) -> Any:
+    """decay · ema + (1 - decay) · params, leaf by leaf."""
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+
+
+def _check_choice(kind: str, name: str, choices: dict) -> None:
+    if name not in choices:
+        raise ValueError(f"{kind}={name!r} is unknown; choose one of {', '.join(choices)}.")

@@ -1,0 +1,101 @@
+"""What a run leaves beside its checkpoints: config.json and run.json; whether a start fits them."""
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from vit_jax import config as config_lib
+from vit_jax.data.sources import DatasetInfo
+from vit_jax.metrics import Stopwatch
+
+PACKAGES = ("vit-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a result depends on."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | found
+
+
+class RunRecord:
+    """Keeps config.json and run.json, and the account of time over restarts.
+
+    Args:
+      workdir: of the run.
+      config: resolved.
+      info: the training data.
+      clock: this process's.
+      num_params: recorded.
+
+    Raises:
+      ValueError: the workdir holds a run with another config or dataset; the differences are
+        listed.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        config: ConfigDict,
+        info: DatasetInfo,
+        clock: Stopwatch,
+        *,
+        num_params: int,
+    ):
+        self.path, self.clock = workdir / "run.json", clock
+        old = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self._check_same_run(workdir, config, info, old)
+        self.values = old | {
+            "versions": versions(),
+            "devices": {
+                "platform": jax.default_backend(),
+                "kind": jax.devices()[0].device_kind,
+                "count": jax.device_count(),
+                "processes": jax.process_count(),
+            },
+            "dataset": {
+                "name": info.name,
+                "fingerprint": info.fingerprint,
+                "splits": info.splits,
+                "class_names": info.class_names,
+            },
+            "num_params": num_params,
+            "started": old.get("started", clock.start),
+            "starts": old.get("starts", 0) + 1,
+        }
+        config_lib.save_json(workdir / "config.json", config)
+
+    def _check_same_run(self, workdir, config, info, old: Mapping[str, Any]) -> None:
+        if not (workdir / "config.json").exists():
+            return
+        found = config_lib.differences(config_lib.load_run_config(workdir), config)
+        fingerprint = old.get("dataset", {}).get("fingerprint", info.fingerprint)
+        if fingerprint != info.fingerprint:
+            found.append(f"dataset fingerprint: {fingerprint[:12]} -> {info.fingerprint[:12]}")
+        if found:
+            raise ValueError(
+                f"workdir {workdir} holds a run with another config: {'; '.join(found)}; "
+                "use another --workdir, or undo the changes."
+            )
+
+    def resume(self, meta: Mapping[str, Any]) -> None:
+        """Takes over the clock of the checkpoint that is resumed (or of nothing).
+
+        What came after that checkpoint, in earlier processes and between them, is lost.
+        """
+        since = meta.get("time", self.values["started"])
+        self.clock.resume(meta.get("seconds", {}), since)
+        self.save()
+
+    def save(self) -> None:
+        """Writes run.json with the time so far; its parts add up to the wall time."""
+        seconds = {name: round(value, 3) for name, value in self.clock.snapshot().items()}
+        self.values["seconds"] = seconds
+        self.values["wall_seconds"] = round(time.time() - self.values["started"], 3)
+        config_lib.save_json(self.path, self.values)
