@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test test-all lint format constraints clean
 
 quickstart: $(VENV)/.base
-	$(BIN)/vit-jax prepare digits --data_dir=data --exist_ok
+	test -d data/digits || $(BIN)/vit-jax prepare digits --data_dir=data
 	$(BIN)/vit-jax train --config=configs/digits.py --workdir=runs/digits
 
 test: $(VENV)/.test

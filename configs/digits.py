@@ -2,7 +2,8 @@
 
   vit-jax train --config=configs/digits.py --workdir=runs/digits
 
-1,797 grey images of 8 × 8 pixels (Alpaydin & Kaynak 1998, the UCI test set), a fifth held out.
+1,797 grey images of 8 × 8 pixels (Alpaydin & Kaynak 1998, the UCI test set), a fifth held out. The
+digits are centred, so shifting them hurts: mixup and drop path regularise instead.
 """
 
 from ml_collections import ConfigDict
@@ -17,22 +18,22 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.total_steps = steps
-    config.batch_size = 128
+    config.batch_size = 64
     config.log_every = 5 if arg.debug else 100
     config.eval_every = 10 if arg.debug else 500
     config.save_every = 10 if arg.debug else 250
     config.model = {
-        "variant": "Ti/2",
+        "variant": "Ti/4x2",
         "image_size": (8, 8),
         "dim": 32 if arg.debug else 64,
-        "depth": 2 if arg.debug else 4,
+        "depth": 2 if arg.debug else 3,
         "num_heads": 2 if arg.debug else 4,
         "mlp_dim": 64 if arg.debug else 256,
         "drop_path": 0.1,
     }
     config.objective = {"name": "supervised", "label_smoothing": 0.1}
-    config.preprocess = {"normalize": "dataset", "mixup": 0.2}
-    config.augment = {"name": "pad_crop_flip", "size": (8, 8), "padding": 1, "flip": False}
+    config.preprocess = {"normalize": "dataset", "mixup": 0.5}
+    config.augment = {"name": "none", "size": (8, 8)}
     config.data = {"name": "digits", "split": "train", "data_dir": "data"}
     config.optimizer = {
         "learning_rate": 2e-3,

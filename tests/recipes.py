@@ -6,12 +6,13 @@ from vit_jax.commands.config_flag import load_config
 
 
 def tiny(data_dir: str, **leaves) -> ConfigDict:
-    """`digits:debug` with dropout, drop path and mixup; leaves as `model__dropout=0.1`."""
+    """`digits:debug` with random crops, dropout, drop path and mixup; leaves as `model__dropout=0.1`."""
     config = load_config("digits:debug")
     config.batch_size = 16
     config.log_every = 1
     config.data.data_dir = config.evals.test.data_dir = data_dir
     config.evals.test.batch_size = 120
+    config.augment = {"name": "pad_crop_flip", "size": (8, 8), "padding": 1, "flip": False}
     config.model.dropout = 0.1
     config.model.drop_path = 0.2
     config.preprocess.mixup = 0.5

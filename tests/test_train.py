@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 from tests.recipes import tiny
+from tests.runs import assert_same_bits, deterministic_rows, run
 
 from vit_jax import metrics as metrics_lib
 from vit_jax import train as train_lib
@@ -16,36 +17,6 @@ from vit_jax.metrics import Stopwatch
 from vit_jax.runtime import Preempted, StopSignal
 from vit_jax.sharding import make_mesh, put_batch
 from vit_jax.tree import named_leaves
-
-
-def run(config, workdir, stop=None):
-    workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    stop = stop or StopSignal()
-    try:
-        trainer = train_lib.Trainer(config, workdir, clock=Stopwatch(time.time()), stop=stop)
-        return trainer, trainer.run()
-    finally:
-        stop.restore()
-
-
-def deterministic_rows(workdir):
-    """{(step, key): value} of all that must repeat; a (step, key) that stands twice is an error."""
-    values = {}
-    for line in (epath.Path(workdir) / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        for key, value in row.items():
-            if key not in ("step", "time") and not key.startswith("speed/"):
-                assert (row["step"], key) not in values
-                values[row["step"], key] = value
-    return values
-
-
-def assert_same_bits(one, two):
-    one, two = named_leaves(one), named_leaves(two)
-    assert one.keys() == two.keys()
-    for name in one:
-        np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(two[name]), err_msg=name)
 
 
 def losses_on(devices, config, num_steps=20):

@@ -62,7 +62,7 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,  # what a killed save left behind
             preservation_policy=AnyPreservationPolicy([LatestN(keep), self._best]),
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        handlers = {"state": _state_handler(), "meta": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(
             self.folder.absolute(), options=options, item_handlers=handlers
         )
@@ -83,7 +83,7 @@ class Checkpoints:
           OSError: this or the previous save could not be written; older checkpoints are whole.
         """
         tree = traverse_util.unflatten_dict(unstack(named_leaves(state)), sep="/")
-        arguments = {"state": ocp.args.StandardSave(tree), "meta": ocp.args.JsonSave(meta)}
+        arguments = {"state": ocp.args.PyTreeSave(tree), "meta": ocp.args.JsonSave(meta)}
         self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**arguments)))
 
     def wait(self) -> None:
@@ -102,7 +102,9 @@ class Checkpoints:
         wanted = named_leaves(abstract)
         names = traverse_util.unflatten_dict(unstack_abstract(wanted), sep="/")
         self._check_names(step, names)
-        arguments = {"state": ocp.args.StandardRestore(names), "meta": ocp.args.JsonRestore()}
+        how = ocp.checkpoint_utils.construct_restore_args(names)
+        state = ocp.args.PyTreeRestore(names, restore_args=how)
+        arguments = {"state": state, "meta": ocp.args.JsonRestore()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         arrays = stack(traverse_util.flatten_dict(restored.state, sep="/"), wanted)
         return jax.tree.unflatten(jax.tree.structure(abstract), arrays.values()), restored.meta
@@ -113,8 +115,8 @@ class Checkpoints:
         return self._manager.restore(step, args=arguments).meta
 
     def close(self) -> None:
-        """Waits and frees the threads."""
-        self._manager.close()
+        """Waits and frees the threads; raises OSError as `save` does."""
+        self._guard(self._manager.close)
 
     def _check_names(self, step: int, wanted: dict) -> None:
         metadata = self._manager.item_metadata(step)["state"]
@@ -132,7 +134,8 @@ class Checkpoints:
         try:
             action()
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0][:300] if str(error) else repr(error)
+            # TensorStore names the file at each level, and why at the end.
+            reason = " ".join(str(error).rsplit('": ', 1)[-1].split())[:300] or repr(error)
             steps = self._whole_steps()
             raise OSError(
                 f"saving to {self.folder} failed ({reason}); "
@@ -143,6 +146,14 @@ class Checkpoints:
     def _whole_steps(self) -> list[int]:
         # From the folder itself: after a failed save the manager's own list cannot be trusted.
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+
+
+def _state_handler() -> ocp.PyTreeCheckpointHandler:
+    # By default each device writes its part of a replicated array: a small program to compile for
+    # each shape, seconds of them at the first save. That pays for large arrays only.
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=16 << 20)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def unstack(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -1,6 +1,8 @@
 """The command `vit-jax`: a table of commands, and what becomes of their errors."""
 
+import logging
 import sys
+import warnings
 from collections.abc import Callable
 
 from vit_jax.spelling import nearest
@@ -40,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if argv else 1
+    if not traceback:
+        _quieten()
     try:
         if argv[0] not in COMMANDS:
             raise ValueError(
@@ -52,6 +56,22 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"vit-jax: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+
+
+def _quieten() -> None:
+    """Orbax and TensorStore also print each error that they raise, with tracebacks by the dozen."""
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+    sys.unraisablehook = _unraisable
+
+
+def _unraisable(what) -> None:
+    """Passes over what TensorStore says of each write that outlives a failed save."""
+    if str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
 
 
 def _usage() -> str:

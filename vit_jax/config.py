@@ -40,7 +40,10 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
                 f"config argument {name!r} is unknown{nearest(name, defaults)}; "
                 f"choose from {', '.join(defaults)}."
             )
-        values[name] = _parse_value(name, text if equals else "true", type(defaults[name]))
+        kind = type(defaults[name])
+        if not equals and kind is not bool:
+            raise ValueError(f"config argument {name!r} needs a value of {kind.__name__}.")
+        values[name] = _parse_value(name, text if equals else "true", kind)
     return ConfigDict(values)
 
 
@@ -168,7 +171,7 @@ def recipe_path(name: str, folders: Iterable[epath.Path]) -> str:
     Raises:
       FileNotFoundError: neither; the known names are listed.
     """
-    if epath.Path(name).exists():
+    if epath.Path(name).is_file():
         return name
     known = {}
     for folder in folders:

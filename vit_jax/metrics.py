@@ -1,6 +1,7 @@
 """What a person watches: files of metrics, where the time goes, and how fast it is."""
 
 import contextlib
+import functools
 import json
 import math
 import time
@@ -195,7 +196,7 @@ class Monitor:
         flops_per_image: int,
         max_skips: int,
         last_good: Callable[[], str],
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = functools.partial(print, flush=True),
         skipped: int = 0,
         rejected: int = 0,
     ):
@@ -204,7 +205,7 @@ class Monitor:
         self._flops, self._max_skips, self._last_good = flops_per_image, max_skips, last_good
         self.skipped, self.rejected = skipped, rejected
         self._named: set[str] = set()
-        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
         self._logged: tuple[int, dict[str, float]] | None = None
 
     def push(self, step: int, metrics: Mapping[str, jax.Array], errors: Sequence[str] = ()) -> None:
@@ -216,7 +217,7 @@ class Monitor:
             if error not in self._named:
                 self._named.add(error)
                 self._say(f"unreadable image, left out: {error}")
-        pending, self._pending = self._pending, (step, metrics)
+        pending, self._pending = self._pending, (step, metrics, self.rejected)
         self._read(pending)
 
     def flush(self) -> None:
@@ -224,14 +225,14 @@ class Monitor:
         pending, self._pending = self._pending, None
         self._read(pending)
 
-    def _read(self, pending: tuple[int, Mapping[str, jax.Array]] | None) -> None:
+    def _read(self, pending: tuple[int, Mapping[str, jax.Array], int] | None) -> None:
         if pending is None:
             return
-        step, metrics = pending
+        step, metrics, rejected = pending
         if not fetch(metrics["finite"]):
             self._skip(step, fetch(metrics))
         if step == self._total_steps or step % self._log_every == 0:
-            self._log(step, fetch(metrics))
+            self._log(step, fetch(metrics), rejected)
 
     def _skip(self, step: int, values: Mapping[str, Any]) -> None:
         self.skipped += 1
@@ -243,9 +244,9 @@ class Monitor:
             )
         self._say(f"{what}: update skipped, {self.skipped} of at most {self._max_skips}")
 
-    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+    def _log(self, step: int, values: Mapping[str, Any], rejected: int) -> None:
         row = {f"train/{key}": float(value) for key, value in values.items() if key != "finite"}
-        row |= {"train/skipped": self.skipped, "train/rejected": self.rejected}
+        row |= {"train/skipped": self.skipped, "train/rejected": rejected}
         speed = self._speed(step)
         self._writer.write(step, row | {f"speed/{key}": value for key, value in speed.items()})
         parts = [

@@ -51,6 +51,15 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def pad_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
+    """Zeros (`mask` False) behind the last example, until this process's devices divide them."""
+    devices = mesh.shape["data"] // jax.process_count()
+    missing = -len(batch["mask"]) % devices
+    if not missing:
+        return batch
+    return {k: np.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1)) for k, v in batch.items()}
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's contiguous slots as part of the global batch, on the devices."""
     sharding = batch_sharding(mesh)

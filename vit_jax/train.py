@@ -30,7 +30,7 @@ from vit_jax.objectives import OBJECTIVES, Model, Objective
 from vit_jax.optim import make_optimizer, update_ema
 from vit_jax.preprocess import Preprocess, make_preprocess
 from vit_jax.runtime import Preempted, StopSignal
-from vit_jax.sharding import check_batch_size, make_mesh, put_batch, replicated
+from vit_jax.sharding import check_batch_size, make_mesh, pad_batch, put_batch, replicated
 from vit_jax.tree import all_finite, num_params
 from vit_jax.workdir import RunRecord
 
@@ -228,7 +228,10 @@ def evaluate(
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """{'test/top1': …} of all evaluations; check_stop is called at every batch."""
-    put = functools.partial(put_batch, mesh=mesh)
+
+    def put(batch):
+        return put_batch(pad_batch(batch, mesh), mesh)
+
     return {
         f"{key}/{name}": value
         for key, evaluation in evals.items()
@@ -270,12 +273,16 @@ class Trainer:
         self._take_up(init, abstract)
 
     def _check_fit(self) -> None:
-        size, metric = self.config.augment.get("size"), self.options.best_metric
-        if size is not None and tuple(size) != self.parts.image_size:
-            raise ValueError(
-                f"augment.size={tuple(size)} and model.image_size={self.parts.image_size} differ; "
-                "make them the same."
-            )
+        metric, sections = self.options.best_metric, {"augment": self.config.augment}
+        for key, section in self.config.evals.items():
+            sections[f"evals.{key}.augment"] = section.get("augment", {})
+        for key, section in sections.items():
+            size = section.get("size", self.parts.image_size)
+            if tuple(size) != self.parts.image_size:
+                raise ValueError(
+                    f"{key}.size={tuple(size)} and model.image_size={self.parts.image_size} "
+                    "differ; make them the same."
+                )
         if metric and metric.split("/")[0] not in self.evals:
             raise ValueError(
                 f"train.best_metric={metric!r} must be EVALUATION/METRIC of the config's evals: "
@@ -340,8 +347,9 @@ class Trainer:
             for batch in self.clock.waiting(loader):
                 arrays = {key: value for key, value in batch.items() if key not in HOST_ONLY}
                 arrays = put_batch(arrays, self.mesh)
-                train_step = train_step or self._compile(arrays)
-                self.stop.check()  # nothing was done since the last save
+                if train_step is None:
+                    train_step = self._compile(arrays)
+                    self.stop.check()  # nothing is lost: no step was done
                 self.state, metrics = train_step(self.state, arrays)
                 self.step += 1
                 self.monitor.push(self.step, metrics, batch["error"])
@@ -350,9 +358,11 @@ class Trainer:
                         self._evaluate()
                 except Preempted:
                     pass  # saved below; the evaluation is done when the run is started again
-                if self.stop or self._due(self.config.save_every):
+                stopping = bool(self.stop)  # once: a signal after this line waits for the next step
+                if stopping or self._due(self.config.save_every):
                     self._save()
-                self.stop.check()
+                if stopping:
+                    raise Preempted
 
     def _loader(self):
         # Exactly the config's `data` section, and what the run adds to it.

@@ -70,6 +70,8 @@ class RunRecord:
             "starts": old.get("starts", 0) + 1,
         }
         config_lib.save_json(workdir / "config.json", config)
+        if not old:  # however early a kill comes, the account begins here
+            self.save()
 
     def _check_same_run(self, workdir, config, info, old: Mapping[str, Any]) -> None:
         if not (workdir / "config.json").exists():

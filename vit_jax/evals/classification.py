@@ -21,7 +21,7 @@ class Classification:
       split: of it.
       data_dir: where it lies.
       augment: the evaluation's own recipe, {'name': …, …}.
-      batch_size: global; any size that the devices divide.
+      batch_size: global; the last batch is padded, as is any that the devices do not divide.
       num_workers, strict: see `data.loader`.
     """
 
@@ -46,6 +46,7 @@ class Classification:
             num_workers=num_workers,
             strict=strict,
         )
+        self._make_loader().close()  # what does not fit is said now, not after hours of training
 
     def run(
         self,

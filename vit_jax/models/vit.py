@@ -255,6 +255,8 @@ def _parse_variant(variant: str) -> tuple[str, tuple[int, int]]:
 
 
 def _grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    if len(image_size) != 2 or not all(isinstance(pixels, int) for pixels in image_size):
+        raise ValueError(f"image_size={image_size} must be height and width, like (224, 224).")
     if any(pixels % patch or pixels < patch for pixels, patch in zip(image_size, patch_size)):
         nearest = tuple(max(round(i / p), 1) * p for i, p in zip(image_size, patch_size))
         raise ValueError(

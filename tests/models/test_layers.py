@@ -1,0 +1,139 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.models import reference
+from vit_jax.models.layers import (
+    Attention,
+    Block,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    drop,
+    fold_in,
+    layer_norm,
+    xavier_qkv,
+)
+from vit_jax.tree import named_leaves
+
+
+def make(cls, *args, **options):
+    return reference.initialised(lambda: cls(*args, **options, rngs=nnx.Rngs(0)))
+
+
+def tokens(batch=2, count=5, dim=8):
+    return np.random.default_rng(0).standard_normal((batch, count, dim)).astype(np.float32)
+
+
+def keys(batch):
+    return jax.random.split(jax.random.key(0), batch)
+
+
+@functools.partial(jax.jit, static_argnames=("rate", "shape"))
+def jit_drop(x, keys, *, rate, shape=None):
+    return drop(x, rate, keys, shape=shape)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_zeroes_entries_and_keeps_the_mean(rate):
+    x = np.ones((4, 8000), np.float32)
+    out = np.asarray(jit_drop(x, keys(4), rate=rate))
+    zero = out == 0
+    np.testing.assert_allclose(zero.mean(axis=1), rate, atol=5 * (rate / 8000) ** 0.5)
+    np.testing.assert_allclose(out[~zero], 1 / (1 - rate), rtol=1e-6)
+    assert not np.array_equal(zero[0], zero[1])  # each example has its own draws
+
+
+def test_dropping_with_a_shape_of_ones_drops_whole_examples():
+    out = np.asarray(
+        jit_drop(np.ones((4000, 3, 2), np.float32), keys(4000), rate=0.3, shape=(1, 1))
+    )
+    per_example = out.reshape(4000, -1)
+    assert (per_example == per_example[:, :1]).all()
+    assert (per_example[:, 0] == 0).mean() == pytest.approx(0.3, abs=0.04)
+
+
+def test_without_keys_nothing_is_dropped():
+    x = tokens()
+    assert drop(x, 0.5, None) is x
+    assert fold_in(None, 3) is None
+
+
+def test_fold_in_makes_other_keys_for_each_example_and_number():
+    folded = [jax.random.key_data(fold_in(keys(3), number)) for number in (0, 1)]
+    assert len({row.tobytes() for each in folded for row in np.asarray(each)}) == 6
+
+
+def test_layer_norm_is_computed_in_float32_with_an_epsilon_of_a_millionth():
+    norm = make(lambda rngs: layer_norm(8, rngs))
+    assert jax.jit(norm)(jnp.asarray(tokens(), jnp.bfloat16)).dtype == jnp.float32
+    x = 1e-3 * tokens().astype(np.float64)  # so small that another epsilon would show
+    centred = x - x.mean(-1, keepdims=True)
+    wanted = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(jax.jit(norm)(x.astype(np.float32)), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_patches_go_row_by_row():
+    embed = make(PatchEmbed, (2, 3), 1, dtype=jnp.float32)
+    ones = jax.tree.map(jnp.ones_like, nnx.to_pure_dict(nnx.state(embed)))
+    embed = nnx.merge(nnx.graphdef(embed), ones | {"bias": jnp.zeros(1)})
+    images = np.zeros((1, 4, 6, 3), np.float32)
+    for row in range(2):
+        for column in range(2):
+            images[:, 2 * row : 2 * row + 2, 3 * column : 3 * column + 3] = 1 + 2 * row + column
+    np.testing.assert_array_equal(embed(images)[0, :, 0], np.array([1, 2, 3, 4]) * 2 * 3 * 3)
+
+
+def test_patch_embedding_in_grey_and_in_half_precision():
+    embed = make(PatchEmbed, (2, 2), 8, channels=1, dtype=jnp.bfloat16)
+    out = embed(np.ones((1, 4, 4, 1), np.float32))
+    assert out.shape == (1, 4, 8) and out.dtype == jnp.bfloat16
+    assert embed.kernel[...].dtype == jnp.float32
+
+
+def test_fused_projection_starts_as_three_of_its_own():
+    kernel = np.asarray(xavier_qkv(jax.random.key(0), (64, 192), jnp.float32))
+    limit = (6 / (64 + 64)) ** 0.5  # Glorot & Bengio 2010, eq. 16, of a 64 × 64 matrix
+    assert 0.98 * limit < np.abs(kernel).max() <= limit
+
+
+@pytest.mark.parametrize("cls", [Attention, Mlp])
+def test_initial_values(cls):
+    leaves = named_leaves(nnx.to_pure_dict(nnx.state(make(cls, 64, 4, dtype=jnp.float32))))
+    for name, leaf in leaves.items():
+        if name.endswith("bias"):
+            assert np.abs(leaf).max() < 1e-5, name
+        else:
+            fan_out = 64 if "qkv" in name else leaf.shape[1]
+            deviation = (2 / (leaf.shape[0] + fan_out)) ** 0.5
+            assert np.std(leaf) == pytest.approx(deviation, rel=0.1), name
+
+
+def test_layer_scale_starts_where_it_is_told():
+    np.testing.assert_allclose(LayerScale(8, 0.25)(tokens()), 0.25 * tokens())
+
+
+def test_block_drops_a_whole_branch_of_an_example():
+    block = reference.randomised(make(Block, 8, 2, 16, dtype=jnp.float32))
+    x = tokens(256)
+
+    @jax.jit
+    def run(block_params, keys, rate):
+        block_ = nnx.merge(nnx.graphdef(block), block_params)
+        return block_(x, drop_path=rate, keys=keys)
+
+    params = nnx.to_pure_dict(nnx.state(block))
+    out = np.asarray(run(params, keys(256), jnp.float32(0.5)))
+    untouched = (out == x).all(axis=(1, 2))
+    assert 40 <= untouched.sum() <= 90  # both branches dropped: a quarter
+    whole = np.asarray(run(params, None, jnp.float32(0.5)))
+    assert not (whole == x).any(axis=(1, 2)).any()
+
+
+def test_modules_hold_no_random_state():
+    block = make(Block, 8, 2, 16, dropout=0.5, layer_scale=0.1, dtype=jnp.float32)
+    assert {type(v) for _, v in nnx.to_flat_state(nnx.state(block))} == {nnx.Param}

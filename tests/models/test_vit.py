@@ -1,0 +1,473 @@
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.models import reference, tree_mode
+from vit_jax.models.heads import Head, make_pool
+from vit_jax.models.vit import REMAT_POLICIES, VARIANTS, flops_per_image, make_vit
+from vit_jax.objectives import Model
+from vit_jax.preprocess import Preprocess
+from vit_jax.sharding import batch_sharding, make_mesh
+from vit_jax.tree import named_leaves, num_params
+
+# With a class token, learned positions and a linear head for 1,000 classes: timm's models and
+# Google's; of g and G the papers say 1.01 and 1.84 billion.
+PUBLISHED = {
+    "Ti/16": 5_717_416,
+    "S/16": 22_050_664,
+    "B/16": 86_567_656,
+    "B/32": 88_224_232,
+    "L/16": 304_326_632,
+    "H/14": 632_045_800,
+    "g/14": 1_012_611_432,
+    "G/14": 1_844_440_680,
+}
+SMALL = {"image_size": (6, 8), "dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32}
+
+
+@functools.cache
+def small(**options):
+    """3 × 2 pixels a patch, 2 × 4 patches; two blocks."""
+    options = {"variant": "Ti/3x2"} | SMALL | options
+    return reference.initialised(lambda: make_vit(**options, rngs=nnx.Rngs(0)))
+
+
+def leaves(model):
+    return named_leaves(nnx.to_pure_dict(nnx.state(model)))
+
+
+def images(batch, size=(6, 8), seed=1):
+    return np.random.default_rng(seed).standard_normal((batch, *size, 3)).astype(np.float32)
+
+
+def keys(batch, seed=0):
+    return jax.random.split(jax.random.key(seed), batch)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("layers", "method"))
+def _run(graphdef, params, x, method, layers, **options):
+    model = nnx.merge(graphdef, params)
+    if method == "encode":
+        return model.encode(x, layers=layers, **options)
+    return getattr(model, method)(x, **options)
+
+
+def run(model, x, method="__call__", layers=(), **options):
+    """A method under jit; answers NumPy."""
+    graphdef, params = nnx.split(model)
+    out = _run(graphdef, nnx.to_pure_dict(params), x, method=method, layers=layers, **options)
+    return jax.tree.map(np.asarray, out)
+
+
+def with_head(num_classes=1000, hidden_dim=None, pool="cls", **options):
+    def make():
+        rngs = nnx.Rngs(0)
+        backbone = make_vit(**options, rngs=rngs)
+        head = Head(backbone.dim, num_classes, hidden_dim=hidden_dim, rngs=rngs)
+        return Model(backbone, make_pool(pool, backbone, rngs=rngs), head, Preprocess())
+
+    return make
+
+
+def count(make):
+    return num_params(nnx.to_pure_dict(nnx.state(nnx.eval_shape(make))))
+
+
+# Parameters and FLOPs.
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+def test_number_of_parameters_is_the_published_one(variant):
+    # Blocks are alike: two depths tell the rest. Tracing all of G takes a while (below).
+    one, two = (count(with_head(variant=variant, cls_token=True, depth=d)) for d in (1, 2))
+    depth = VARIANTS[variant.split("/")[0]][1]
+    assert one + (depth - 1) * (two - one) == PUBLISHED[variant]
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=() if v == "Ti/16" else pytest.mark.slow) for v in PUBLISHED]
+)
+def test_number_of_parameters_of_the_whole_model(variant):
+    assert count(with_head(variant=variant, cls_token=True)) == PUBLISHED[variant]
+
+
+def test_names_of_parameters_are_stable():
+    model = small(cls_token=True, depth=1, layer_scale=0.1)
+    block = (
+        *("attn/proj/bias", "attn/proj/kernel", "attn/qkv/bias", "attn/qkv/kernel"),
+        *("ls1/gamma", "ls2/gamma"),
+        *("mlp/fc1/bias", "mlp/fc1/kernel", "mlp/fc2/bias", "mlp/fc2/kernel"),
+        *("norm1/bias", "norm1/scale", "norm2/bias", "norm2/scale"),
+    )
+    assert {name: leaf.shape for name, leaf in leaves(model).items()}.keys() == {
+        *(f"blocks/0/{name}" for name in block),
+        *("cls_token", "norm/bias", "norm/scale", "patch_embed/bias", "patch_embed/kernel"),
+        "pos_embed",
+    }
+    assert leaves(model)["patch_embed/kernel"].shape == (3, 2, 3, 16)
+    assert leaves(model)["pos_embed"].shape == (1 + 2 * 4, 16)
+    scanned = small(depth=2, scan=True, pos_embed="sincos2d")
+    assert leaves(scanned)["blocks/attn/qkv/kernel"].shape == (2, 16, 48)
+    assert "pos_embed" not in leaves(scanned) and "cls_token" not in leaves(scanned)
+
+
+def test_parameters_are_float32_whatever_the_compute_type():
+    assert {leaf.dtype for leaf in leaves(small(dtype="bfloat16")).values()} == {
+        jnp.dtype("float32")
+    }
+
+
+@pytest.mark.parametrize(
+    ("variant", "published"),
+    [("Ti/16", 7.52), ("S/16", 27.59), ("B/16", 105.38), ("L/16", 369.33), ("H/14", 1003.8)],
+)
+def test_flops_of_a_training_step_are_the_computed_ones(variant, published):
+    def make():
+        return make_vit(variant=variant, cls_token=True, depth=1, rngs=nnx.Rngs(0))
+
+    model = nnx.eval_shape(make)
+    model.depth = VARIANTS[variant.split("/")[0]][1]
+    digits = 2 if published < 1000 else 1
+    assert round(flops_per_image(model, num_classes=1000) / 1e9, digits) == published
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+def test_flops_formula_counts_every_matrix_product(pool, scan):
+    options = {"variant": "S/3x2", "num_classes": 7, "pool": pool, "cls_token": pool == "cls"}
+    model = nnx.eval_shape(with_head(**options, **SMALL, scan=scan))
+    graphdef, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+
+    def forward(params, images):
+        return nnx.merge(graphdef, params)(images)
+
+    batch = jax.ShapeDtypeStruct((1, 6, 8, 3), jnp.float32)
+    counted = reference.dot_flops(jax.make_jaxpr(forward)(params, batch).jaxpr)
+    assert 3 * counted == flops_per_image(model.backbone, num_classes=7)
+    # A step's are three times that, but for the gradient of the images, which nobody wants.
+    loss = jax.value_and_grad(lambda *args: forward(*args).sum())
+    step = reference.dot_flops(jax.make_jaxpr(loss)(params, batch).jaxpr)
+    assert 3 * counted - step == 2 * 8 * (3 * 2 * 3) * 16
+
+
+def test_flops_formula_agrees_with_xla():
+    options = {"image_size": (64, 64), "dim": 256, "depth": 2, "num_heads": 4, "mlp_dim": 1024}
+    model = nnx.eval_shape(with_head(variant="S/16", **options, num_classes=10, pool="gap"))
+    graphdef, params = nnx.split(model)
+    forward = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
+    batch = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    cost = forward.lower(nnx.to_pure_dict(params), batch).cost_analysis()
+    ratio = cost["flops"] * 3 / flops_per_image(model.backbone, num_classes=10)
+    assert 1 < ratio < 1.03  # XLA counts biases, norms and softmax too
+
+
+# Numbers.
+
+
+@pytest.mark.parametrize(
+    ("pool", "options", "hidden_dim"),
+    [
+        ("cls", {"cls_token": True}, None),
+        ("gap", {"pos_embed": "sincos2d", "layer_scale": 0.1}, 24),
+        ("map", {"scan": True}, None),
+        ("gap", {"cls_token": True, "pos_embed": "sincos2d"}, None),
+    ],
+)
+def test_forward_pass_is_that_of_the_paper(pool, options, hidden_dim):
+    make = with_head(5, hidden_dim, pool, variant="Ti/3x2", **SMALL, **options)
+    model = reference.randomised(reference.initialised(make))
+    x = images(4)
+    tokens = reference.encoder(unscanned(model.backbone), x.astype(np.float64))
+    wanted = reference.pooled(pool, model.pool, tokens, model.backbone.num_prefix_tokens)
+    wanted = reference.logits(model.head, wanted)
+    np.testing.assert_allclose(run(model.backbone, x), tokens, rtol=1e-4, atol=1e-4)
+    logits = run(model, x)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+def unscanned(model):
+    """The same model with looped blocks."""
+    if not model.scan:
+        return model
+    flat = nnx.to_pure_dict(nnx.state(model))
+    flat["blocks"] = {
+        i: jax.tree.map(lambda x, i=i: x[i], flat["blocks"]) for i in range(model.depth)
+    }
+    options = {"cls_token": model.num_prefix_tokens > 0, "depth": model.depth}
+    rates = {"drop_path": model.drop_path, "dropout": model.dropout}
+    return nnx.merge(nnx.graphdef(small(**options, **rates)), flat)
+
+
+def value_and_grads(model, x, keys):
+    """The tokens summed with fixed random weights; its gradients, with the blocks unstacked."""
+    graphdef, params = nnx.split(model)
+    noise = images(len(x), (8, 16), seed=5)[..., 0]
+
+    @jax.jit
+    def value(params, x):
+        return (nnx.merge(graphdef, params)(x, key=keys) * noise).mean()
+
+    loss, grads = jax.value_and_grad(value)(nnx.to_pure_dict(params), x)
+    return float(loss), leaves(unscanned(nnx.merge(graphdef, grads)))
+
+
+NOISY = {"dropout": 0.1, "drop_path": 0.5}
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    """A scanned model with dropout and drop path on, its value and its gradients when looped."""
+    model = reference.randomised(small(**NOISY, scan=True), scale=0.1)
+    return model, value_and_grads(unscanned(model), images(8), keys(8))
+
+
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+@pytest.mark.parametrize("scan", [False, True])
+def test_scan_and_remat_change_no_number(noisy, scan, remat):
+    model, (wanted, wanted_grads) = noisy
+    graphdef = nnx.graphdef(small(**NOISY, scan=scan, remat=remat))
+    source = model if scan else unscanned(model)
+    model = nnx.merge(graphdef, nnx.to_pure_dict(nnx.state(source)))
+    assert (model.scan, model.remat) == (scan, remat)
+    loss, grads = value_and_grads(model, images(8), keys(8))
+    assert loss == pytest.approx(wanted, abs=1e-6)
+    assert grads.keys() == wanted_grads.keys()
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, wanted_grads[name], atol=1e-6, err_msg=name)
+
+
+def test_scanned_blocks_start_as_looped_ones_do():
+    looped, scanned = leaves(small()), leaves(unscanned(small(scan=True)))
+    assert looped.keys() == scanned.keys()
+    for name in looped:
+        np.testing.assert_array_equal(looped[name], scanned[name], err_msg=name)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_remat_policies_keep_less_and_less(scan):
+    def flops(remat):
+        graphdef, params = nnx.split(small(scan=scan, remat=remat))
+        grad = jax.grad(lambda params, x: nnx.merge(graphdef, params)(x).sum())
+        traced = jax.make_jaxpr(grad)(nnx.to_pure_dict(params), images(1))
+        return reference.dot_flops(traced.jaxpr)
+
+    assert flops("none") < flops("dots") < flops("full")
+
+
+# Randomness.
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_drop_path_rises_linearly_and_keeps_the_mean(scan):
+    batch = 2048
+    shape = {"image_size": (3, 2), "dim": 4, "num_heads": 1, "mlp_dim": 4, "depth": 3}
+    model = small(**shape, drop_path=0.5, scan=scan, pos_embed="sincos2d")
+    params = jax.tree.map(jnp.zeros_like, nnx.to_pure_dict(nnx.state(model)))
+    blocks = [params["blocks"]] if scan else params["blocks"].values()
+    for block in blocks:  # each block adds 1 to every token, by its MLP alone
+        block["mlp"]["fc2"]["bias"] = jnp.ones_like(block["mlp"]["fc2"]["bias"])
+    model = nnx.merge(nnx.graphdef(model), params)
+    x = np.zeros((batch, 1, 4), np.float32)
+    _, outputs = run(model, x, "encode", (0, 1, 2), key=keys(batch))
+    before = run(model, x, "_add_positions", positions=None)
+    kept_before = np.arange(batch) % 2 == 0
+    for rate, output in zip((0.0, 0.25, 0.5), outputs, strict=True):
+        added = output - before
+        kept = added[:, 0, 0] != 0
+        assert (1 - kept).mean() == pytest.approx(rate, abs=0.05 * (rate > 0))
+        np.testing.assert_allclose(added[kept], 1 / (1 - rate), rtol=1e-5)  # the whole example
+        # Independent of the layer before.
+        assert (1 - kept[kept_before]).mean() == pytest.approx(rate, abs=0.07 * (rate > 0))
+        before, kept_before = output, kept
+
+
+def test_draws_of_an_example_do_not_depend_on_where_it_stands():
+    model = reference.randomised(small(**NOISY))
+    x, key = images(16), keys(16)
+    wanted = run(model, x, key=key)
+    order = np.random.default_rng(0).permutation(16)
+    moved = run(model, x[order], key=key[order])
+    np.testing.assert_allclose(moved, wanted[order], atol=1e-5)
+    place = batch_sharding(make_mesh())
+    spread = run(model, jax.device_put(x, place), key=jax.device_put(key, place))
+    np.testing.assert_allclose(spread, wanted, atol=1e-5)
+    same_image = run(model, np.repeat(x[:1], 16, axis=0), key=key)
+    assert len({row.tobytes() for row in same_image}) == 16  # and each key draws anew
+
+
+def test_without_a_key_nothing_is_random():
+    model = reference.randomised(small(**NOISY))
+    quiet = nnx.merge(nnx.graphdef(small()), nnx.to_pure_dict(nnx.state(model)))
+    np.testing.assert_allclose(run(model, images(4)), run(quiet, images(4)), atol=1e-6)
+    assert np.abs(run(model, images(4)) - run(model, images(4), key=keys(4))).max() > 0.1
+
+
+# Half precision.
+
+
+def test_bfloat16_keeps_norms_and_softmax_in_float32():
+    model = small(dtype="bfloat16", cls_token=True)
+    graphdef, params = nnx.split(model)
+    traced = jax.make_jaxpr(lambda params, x: nnx.merge(graphdef, params)(x))(
+        nnx.to_pure_dict(params), images(2)
+    )
+    seen = [eqn for eqn, _ in reference.equations(traced.jaxpr)]
+
+    def types(name):
+        found = [eqn for eqn in seen if eqn.primitive.name == name]
+        assert found, name
+        return {str(var.aval.dtype) for eqn in found for var in eqn.invars}
+
+    assert types("dot_general") == {"bfloat16"}
+    assert types("exp") == types("rsqrt") == {"float32"}  # softmax; LayerNorm
+    assert types("tanh") == {"bfloat16"}  # GELU
+    products = [eqn.outvars[0].aval for eqn in seen if eqn.primitive.name == "dot_general"]
+    scores = [aval for aval in products if aval.shape[-2:] == (9, 9)]
+    assert len(scores) == 2 and {str(aval.dtype) for aval in scores} == {"float32"}
+    assert traced.out_avals[0].dtype == jnp.bfloat16
+
+
+def test_bfloat16_is_close_to_float32():
+    wanted = run(small(cls_token=True), images(8))
+    half = run(small(cls_token=True, dtype="bfloat16"), images(8)).astype(np.float32)
+    error = np.abs(half - wanted)
+    assert 0 < error.max() < 0.06 and error.mean() < 0.01  # of entries of about 1
+
+
+# What `encode` takes.
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_some_positions_are_as_good_as_a_mask(scan):
+    model = reference.randomised(small(cls_token=True, scan=scan))
+    tokens = run(model, images(3), "embed")
+    kept = np.array([[0, 3, 5], [1, 2, 7], [7, 4, 0]], np.int32)  # [batch, kept], in any order
+    some = np.take_along_axis(tokens, kept[..., None], axis=1)
+    encoded = run(model, some, "encode", positions=kept)
+    mask = np.zeros((3, 8), bool)
+    np.put_along_axis(mask, kept, True, axis=1)
+    whole = run(model, tokens, "encode", mask=mask)
+    np.testing.assert_allclose(encoded[:, 0], whole[:, 0], atol=2e-5)
+    wanted = np.take_along_axis(whole[:, 1:], kept[..., None], axis=1)
+    np.testing.assert_allclose(encoded[:, 1:], wanted, atol=2e-5)
+    assert np.abs(whole - run(model, tokens, "encode")).max() > 0.1  # the others do matter
+
+
+def test_masked_patches_influence_nobody():
+    model = reference.randomised(small(cls_token=True))
+    tokens = run(model, images(2), "embed")
+    mask = np.array([[True] * 5 + [False] * 3, [False] + [True] * 7])
+    other = np.where(mask[..., None], tokens, 100.0)
+    one, two = (run(model, t, "encode", mask=mask) for t in (tokens, other))
+    seen = np.concatenate([[[True], [True]], mask], axis=1)
+    np.testing.assert_array_equal(one[seen], two[seen])
+    assert not np.array_equal(one[~seen], two[~seen])
+
+
+def test_two_images_packed_into_one_sequence_are_two_passes():
+    model = reference.randomised(small())
+    tokens = run(model, images(2), "embed")  # [2, 8, dim]
+    wanted = run(model, tokens, "encode")
+    packed = np.concatenate([tokens[:1], tokens[1:, :5]], axis=1)
+    positions = np.concatenate([np.arange(8), np.arange(5)])[None]
+    segment_ids = np.array([[0] * 8 + [1] * 5])
+    options = {"positions": positions, "segment_ids": segment_ids}
+    out = run(model, packed, "encode", **options)
+    np.testing.assert_allclose(out[:, :8], wanted[:1], atol=2e-5)
+    part = run(model, tokens[1:, :5], "encode", positions=positions[:, 8:])
+    np.testing.assert_allclose(out[:, 8:], part, atol=2e-5)
+    # A mask narrows it further: the second image without its last two patches.
+    mask = np.arange(13)[None] < 11
+    out = run(model, packed, "encode", **options, mask=mask)
+    part = run(model, tokens[1:, :3], "encode", positions=positions[:, 8:11])
+    np.testing.assert_allclose(out[:, 8:11], part, atol=2e-5)
+
+
+@pytest.mark.parametrize(("scan", "remat"), [(False, "none"), (True, "full")])
+def test_layers_answers_the_outputs_of_blocks(scan, remat):
+    model = reference.randomised(small(cls_token=True, scan=scan, remat=remat))
+    tokens = run(model, images(2), "embed")
+    x, outputs = run(model, tokens, "encode", (1, 0))
+    np.testing.assert_allclose(x, run(model, tokens, "encode"), atol=1e-6)
+    block = unscanned(model).blocks
+    first = jax.jit(lambda x: block[0](x))(run(model, tokens, "_add_positions", positions=None))
+    np.testing.assert_allclose(outputs[1], first, atol=1e-5)
+    np.testing.assert_allclose(outputs[0], jax.jit(lambda x: block[1](x))(first), atol=1e-5)
+    last = reference.Weights(model).norm("norm", outputs[0].astype(np.float64))
+    np.testing.assert_allclose(x, last, atol=1e-5)
+
+
+# NNX's other mode.
+
+
+def test_tree_mode_gives_the_numbers_of_graph_mode():
+    root = pathlib.Path(__file__).parents[2]
+    changed = {"NNX_GRAPH_MODE": "false", "PYTHONPATH": str(root)}
+    changed["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    output = subprocess.run(
+        [sys.executable, "-m", "tests.models.tree_mode"],
+        env=os.environ | changed,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    # The mode that it says it ran in, then a loss and the gradients' squared norm a line.
+    mode, *lines = output.splitlines()
+    assert mode == "graph mode: False"
+    for line, scan in zip(lines, (False, True), strict=True):
+        wanted = tree_mode.loss_and_norm(scan=scan)
+        np.testing.assert_allclose(np.array(line.split(), float), wanted, rtol=1e-5)
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"variant": "M/16"}, "variant='M/16' is unknown.*Ti, S, B, L, H, g, G"),
+        ({"variant": "b/16"}, "variant='b/16' is unknown"),
+        ({"variant": "Ti"}, "'Ti' needs a patch size in pixels, like 'Ti/16'"),
+        ({"variant": "Ti/0"}, "patch size"),
+        ({"variant": "Ti/3x2x1"}, "patch size"),
+        ({"variant": "Ti/big"}, "patch size"),
+        ({"image_size": (7, 8)}, r"image_size=\(7, 8\) .* patch_size=\(3, 2\); try \(6, 8\)"),
+        ({"image_size": (8, 8)}, r"try \(9, 8\)"),
+        ({"image_size": 1}, r"image_size=\(1, 1\) .* try \(3, 2\)"),
+        *(
+            ({"image_size": size}, "image_size=.* must be height and width, like")
+            for size in ((6,), (6, 8, 3), ("big",), (6.0, 8.0))  # as a flag may make them
+        ),
+        ({"num_heads": 3}, "dim=16 must be a multiple of num_heads=3"),
+        ({"remat": "all"}, "remat='all' is unknown; choose one of 'none', 'dots', 'full'"),
+        ({"pos_embed": "sincos"}, "pos_embed='sincos' is unknown.*'learned', 'sincos2d'"),
+    ],
+)
+def test_shapes_that_do_not_work_out_are_refused(options, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        small(**options)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"images of \(8, 6\) pixels .*image_size=\(6, 8\)"):
+        run(small(), images(2, (8, 6)))
+
+
+def test_segments_need_a_model_without_a_class_token():
+    with pytest.raises(ValueError, match="class token"):
+        run(small(cls_token=True), images(1, (8, 16))[..., 0], "encode", segment_ids=[[0] * 8])
+
+
+def test_one_number_stands_for_a_square_image():
+    assert small(variant="Ti/4", image_size=8).grid == (2, 2)

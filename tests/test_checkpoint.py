@@ -1,0 +1,287 @@
+import contextlib
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.recipes import tiny
+from tests.runs import (
+    assert_same_bits,
+    call,
+    rows,
+    run,
+    save_recipe,
+    saved_state,
+    steps_on_disk,
+)
+from vit_jax import train as train_lib
+from vit_jax.checkpoint import Checkpoints, stack, unstack, unstack_abstract
+from vit_jax.data.sources import dataset_info
+from vit_jax.sharding import make_mesh
+from vit_jax.tree import named_leaves
+
+BLOCK = [
+    *("attn/proj/bias", "attn/proj/kernel", "attn/qkv/bias", "attn/qkv/kernel"),
+    *("mlp/fc1/bias", "mlp/fc1/kernel", "mlp/fc2/bias", "mlp/fc2/kernel"),
+    *("norm1/bias", "norm1/scale", "norm2/bias", "norm2/scale"),
+]
+PARAMS = [
+    *(f"backbone/blocks/{layer}/{name}" for layer in (0, 1) for name in BLOCK),
+    *("backbone/norm/bias", "backbone/norm/scale"),
+    *("backbone/patch_embed/bias", "backbone/patch_embed/kernel", "backbone/pos_embed"),
+    *("objective/head/fc/bias", "objective/head/fc/kernel"),
+]
+
+
+@contextlib.contextmanager
+def opened(workdir, **options):
+    with contextlib.closing(Checkpoints(workdir / "checkpoints", **options)) as checkpoints:
+        yield checkpoints
+
+
+def parts_of(config):
+    """(parts, a function that makes a state, its abstract form) of a config, on all devices."""
+    info = dataset_info("digits", data_dir=config.data.data_dir)
+    parts, init = train_lib.make_parts(config, info)
+    abstract = train_lib.abstract_state(init, make_mesh())
+    return parts, jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract)), abstract
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    depth=st.integers(1, 12),
+    shape=st.lists(st.integers(1, 3), max_size=3),
+    prefix=st.sampled_from(["blocks", "params/backbone/blocks", "opt_state/1/mu/backbone/blocks"]),
+)
+def test_stacking_is_the_inverse_of_unstacking(depth, shape, prefix):
+    size = depth * math.prod(shape)
+    leaf = jnp.arange(size, dtype=jnp.float32).reshape(depth, *shape)
+    leaves = {f"{prefix}/norm1/scale": leaf, "head/bias": jnp.ones(3), "step": jnp.int32(4)}
+    apart = unstack(leaves)
+    names = [f"{prefix}/{layer}/norm1/scale" for layer in range(depth)]
+    assert list(apart) == [*names, "head/bias", "step"]
+    assert all(apart[name].shape == tuple(shape) for name in names)
+    abstract = {
+        k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=None) for k, v in leaves.items()
+    }
+    assert {k: v.shape for k, v in unstack_abstract(abstract).items()} == {
+        k: v.shape for k, v in apart.items()
+    }
+    assert_same_bits(stack(apart, leaves), leaves)
+    assert unstack(apart) == apart  # looped blocks stay as they are
+
+
+def test_names_on_disk_are_these(data_dir, tmp_path):
+    _, init, _ = parts_of(tiny(data_dir, train__ema_decay=0.9))
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, init(), {"step": 1})
+    found = list(saved_state(tmp_path, 1))
+    moments = [f"opt_state/1/0/{moment}/{name}" for moment in ("mu", "nu") for name in PARAMS]
+    counts = ["opt_state/1/0/count", "opt_state/1/2/count", "step"]
+    params = [f"{tree}/{name}" for tree in ("params", "ema") for name in PARAMS]
+    assert sorted(found) == sorted(moments + counts + params)
+
+
+def test_scanned_and_looped_blocks_are_the_same_on_disk(data_dir, tmp_path):
+    looped, _, looped_abstract = parts_of(tiny(data_dir))
+    parts, init, scanned_abstract = parts_of(tiny(data_dir, model__scan=True))
+    scanned = init()
+    images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
+    wanted = parts.model(scanned)(images)
+    with opened(tmp_path / "scanned") as checkpoints:
+        checkpoints.save(1, scanned, {})
+        checkpoints.wait()
+        again, _ = checkpoints.restore(1, scanned_abstract)
+        restored, _ = checkpoints.restore(1, looped_abstract)
+    assert_same_bits(again, scanned)
+    np.testing.assert_allclose(looped.model(restored)(images), wanted, atol=1e-6, rtol=0)
+    with opened(tmp_path / "looped") as checkpoints:
+        checkpoints.save(1, restored, {})
+        checkpoints.wait()
+        back, _ = checkpoints.restore(1, scanned_abstract)
+    assert_same_bits(back, scanned)
+
+
+def save_all(workdir, scores: dict[int, float | None], **options):
+    with opened(workdir, **options) as checkpoints:
+        for step, score in scores.items():
+            if score is not None:
+                checkpoints.score(step, score)
+            checkpoints.save(step, {"x": jnp.full(3, step)}, {"step": step})
+        checkpoints.wait()
+        return checkpoints.steps()
+
+
+@pytest.mark.parametrize(
+    "options, scores, kept",
+    [
+        ({"keep": 1}, {1: None, 2: None, 3: None}, [3]),
+        ({"keep": 2}, {1: 0.9, 2: 0.1, 3: 0.2}, [2, 3]),
+        ({"keep": 1, "keep_best": 1}, {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3}, [2, 4]),
+        ({"keep": 1, "keep_best": 1}, {1: 0.1, 2: 0.9}, [2]),
+        ({"keep": 1, "keep_best": 1}, {1: 0.9, 2: None, 3: None}, [1, 3]),
+        ({"keep": 1, "keep_best": 1}, {1: 0.5, 2: 0.5, 3: 0.1}, [2, 3]),  # of equals the newer
+        ({"keep": 2, "keep_best": 2}, {1: 0.9, 2: 0.8, 3: 0.1, 4: 0.2, 5: 0.3}, [1, 2, 4, 5]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path, options, scores, kept):
+    assert save_all(tmp_path, scores, **options) == kept
+
+
+def test_keeping_goes_on_after_a_restart(tmp_path):
+    save_all(tmp_path, {1: 0.9, 2: 0.2}, keep=1, keep_best=1)
+    with opened(tmp_path, keep=1, keep_best=1) as checkpoints:
+        checkpoints.score(1, 0.9)  # as a run reads it from metrics.jsonl
+        for step in (3, 4):
+            checkpoints.save(step, {"x": jnp.zeros(3)}, {})
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 4]
+
+
+@pytest.mark.parametrize("options", [{"keep": 0}, {"keep_best": -1}])
+def test_nothing_to_keep_is_refused(tmp_path, options):
+    with pytest.raises(ValueError, match=r"keep=.* must be at least 1, keep_best=.* at least 0\."):
+        Checkpoints(tmp_path, **options)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(data_dir, tmp_path):
+    _, init, _ = parts_of(tiny(data_dir))
+    _, _, wider = parts_of(tiny(data_dir, model__mlp_dim=96))
+    _, _, deeper = parts_of(tiny(data_dir, model__depth=3))
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, init(), {})
+        checkpoints.wait()
+        with pytest.raises(ValueError, match=r"fc1/bias as \(64,\), the config makes it \(96,\)"):
+            checkpoints.restore(1, wider)
+        with pytest.raises(ValueError, match=r"blocks/2/.* as None, the config makes it") as caught:
+            checkpoints.restore(1, deeper)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_killed_save_left_is_cleaned_up_but_not_by_a_reader(tmp_path):
+    save_all(tmp_path, {1: None})
+    half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    (half / "state").mkdir(parents=True)
+    (half / "state" / "d").write_bytes(b"x" * 1000)
+    with opened(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [1]
+    assert half.exists()
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1]
+    assert not half.exists()
+
+
+def test_a_reader_makes_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*nothing; train first"):
+        Checkpoints(tmp_path / "nothing", read_only=True)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_arrays_and_json_are_all_that_is_on_disk(data_dir, tmp_path):
+    run(tiny(data_dir, total_steps=2), tmp_path / "run")
+    arrays = 0
+    for path in (tmp_path / "run" / "checkpoints").rglob("*"):
+        if path.is_dir() or path.name == "commit_success.txt":
+            continue
+        data = path.read_bytes()
+        assert not re.match(rb"\x80[\x02-\x05]", data), f"{path} looks like a pickle"
+        if path.parent.name == "d" or path.name == "manifest.ocdbt":
+            assert data[:4] in (b"\x0c\xdb\x3a\x2a", b"\x0c\xdb\x20\xde") or path.parent.name == "d"
+            arrays += 1
+        else:
+            json.loads(data)
+    assert arrays
+    for value in saved_state(tmp_path / "run", 2).values():
+        assert value.dtype.kind in "fi"
+
+
+def test_saving_goes_on_in_the_background_with_the_state_of_the_call(tmp_path):
+    """Each step is given the buffers of the one before; what was saved must not follow."""
+
+    @jax.jit
+    def init():
+        return {f"w{i}": jnp.full((1 << 20,), i, jnp.float32) for i in range(12)}
+
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state, during = init(), []
+    with opened(tmp_path, keep=3) as checkpoints:
+        for number in range(1, 4):
+            wanted = jax.tree.map(lambda x: np.array(x, copy=True), state)
+            checkpoints.save(number, state, {})
+            during.append(number in steps_on_disk(tmp_path))
+            for _ in range(5):
+                old, state = state, step(state)
+            assert all(leaf.is_deleted() for leaf in old.values())
+            checkpoints.wait()
+            assert number in steps_on_disk(tmp_path)
+            saved = saved_state(tmp_path, number)
+            assert_same_bits(saved, wanted)
+    assert not any(during), "save waited for the disk"
+
+
+FULL_DISK = """
+import resource
+from vit_jax import checkpoint
+save = checkpoint.Checkpoints.save
+
+def full(self, step, *rest):
+    if step == {step}:
+        self.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    save(self, step, *rest)
+
+checkpoint.Checkpoints.save = full
+import sys, vit_jax.cli
+sys.exit(vit_jax.cli.main())
+"""
+
+
+@pytest.mark.parametrize("step", [4, 6])  # a later save finds it out, or the end of the run
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(data_dir, tmp_path, step):
+    config = tiny(data_dir, total_steps=6, save_every=2, train__best_metric="")
+    config.evals = {}  # nothing that compiles late: the compilation cache's disk is full too
+    flags = (
+        f"--config={save_recipe(config, tmp_path / 'recipe.py')}",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    code = FULL_DISK.format(step=step)
+    failed = subprocess.run(
+        [sys.executable, "-c", code, "train", *flags], capture_output=True, text=True, timeout=240
+    )
+    assert len(failed.stderr.splitlines()) == 1, failed.stderr
+    assert failed.returncode == 1
+    assert re.fullmatch(
+        rf"vit-jax: saving to \S+ failed \(.+\); checkpoint {step - 2} is whole: "
+        r"free the disk and start again\.\n",
+        failed.stderr,
+    )
+    assert steps_on_disk(tmp_path / "run")[-1] == step - 2
+    if step == 6:
+        return
+    done = call("train", *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming at step {step - 2} of 6" in done.stdout
+    assert [row["step"] for row in rows(tmp_path / "run") if "train/loss" in row] == [*range(1, 7)]
+
+
+def test_a_leaf_keeps_its_name_and_type(tmp_path):
+    state = {"a": {"b": jnp.ones((2, 3), jnp.bfloat16)}, "n": jnp.uint8(7)}
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(3, state, {"step": 3, "time": time.time(), "mean": (0.5, 0.5)})
+        checkpoints.wait()
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        )
+        restored, meta = checkpoints.restore(3, abstract)
+    assert_same_bits(restored, state)
+    assert named_leaves(restored).keys() == {"a/b", "n"}
+    assert meta["step"] == 3 and meta["mean"] == [0.5, 0.5]

@@ -1,0 +1,185 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vit_jax.models.vit import make_vit
+from vit_jax.objectives.supervised import Supervised
+from vit_jax.optim import SCHEDULES, decay_mask, make_optimizer, make_schedule, update_ema
+from vit_jax.preprocess import Preprocess
+from vit_jax.tree import named_leaves
+
+PEAK, END, TOTAL, WARMUP, COOLDOWN = 0.3, 0.02, 1000, 100, 200
+
+
+def cosine(step):
+    return END + (PEAK - END) * (1 + math.cos(math.pi * (step - WARMUP) / (TOTAL - WARMUP))) / 2
+
+
+def linear(step):
+    return PEAK + (END - PEAK) * (step - WARMUP) / (TOTAL - WARMUP)
+
+
+def constant(step):
+    return PEAK
+
+
+def rsqrt(step):
+    start = TOTAL - COOLDOWN
+    value = PEAK / math.sqrt(1 + (min(step, start) - WARMUP) / 10_000)
+    return value if step <= start else value + (END - value) * (step - start) / COOLDOWN
+
+
+FORMULAS = {"cosine": cosine, "linear": linear, "constant": constant, "rsqrt": rsqrt}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_follow_their_formulas(name):
+    cooldown = COOLDOWN if name == "rsqrt" else 0
+    schedule = make_schedule(
+        name=name,
+        learning_rate=PEAK,
+        total_steps=TOTAL,
+        warmup_steps=WARMUP,
+        cooldown_steps=cooldown,
+        end_learning_rate=END,
+    )
+    steps = np.array([0, 1, 50, 99, 100, 101, 400, 799, 800, 801, 950, 999, 1000])
+    wanted = [PEAK * s / WARMUP if s < WARMUP else FORMULAS[name](s) for s in steps]
+    np.testing.assert_allclose(jax.vmap(schedule)(steps), wanted, rtol=1e-4)
+    assert float(schedule(TOTAL)) == pytest.approx(PEAK if name == "constant" else END, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_without_warmup_the_first_step_has_the_peak(name):
+    schedule = make_schedule(name=name, learning_rate=PEAK, total_steps=TOTAL)
+    assert float(schedule(0)) == pytest.approx(PEAK)
+
+
+def test_rsqrt_without_cooldown_falls_by_half_where_it_should():
+    schedule = make_schedule(name="rsqrt", learning_rate=PEAK, total_steps=100_000)
+    assert float(schedule(30_000)) == pytest.approx(PEAK / 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "cosin"}, "schedule='cosin' is unknown; choose one of cosine, linear"),
+        ({"warmup_steps": 11}, "warmup_steps=11 .* must fit into total_steps=10"),
+        ({"name": "rsqrt", "warmup_steps": 6, "cooldown_steps": 5}, "must fit into total_steps=10"),
+        ({"warmup_steps": -1}, "must fit"),
+        ({"name": "rsqrt", "warmup_steps": 5, "cooldown_steps": -1}, "must fit"),
+        ({"cooldown_steps": 2}, "cooldown_steps=2 needs schedule='rsqrt', not 'cosine'"),
+    ],
+)
+def test_steps_that_do_not_fit_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        make_schedule(**{"name": "cosine", "learning_rate": 1.0, "total_steps": 10} | options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"warmup_steps": 10},
+        {"name": "rsqrt", "warmup_steps": 4, "cooldown_steps": 6},
+        {"name": "rsqrt", "cooldown_steps": 10},
+        {"total_steps": 1},
+    ],
+)
+def test_steps_that_just_fit_are_fine(options):
+    options = {"name": "cosine", "learning_rate": 1.0, "total_steps": 10} | options
+    assert np.isfinite(jax.vmap(make_schedule(**options))(np.arange(11))).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "adam"}, "optimizer='adam' is unknown; choose one of adamw"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0.*must not be negative"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0.*must not be negative"),
+        ({"clip_norm": -1.0}, "clip_norm=-1.0.*must not be negative"),
+    ],
+)
+def test_values_out_of_range_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        make_optimizer(**{"learning_rate": 1.0, "total_steps": 10} | options)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_kernels_decay_and_nothing_else(scan):
+    def params():
+        rngs = nnx.Rngs(0)
+        shape = {"image_size": 4, "dim": 8, "depth": 2, "num_heads": 2, "mlp_dim": 12}
+        vit = make_vit(
+            variant="Ti/2", **shape, cls_token=True, layer_scale=0.1, scan=scan, rngs=rngs
+        )
+        options = {"num_classes": 3, "preprocess": Preprocess(), "pool": "map", "hidden_dim": 5}
+        objective = Supervised(backbone=vit, **options, rngs=rngs)
+        modules = {"backbone": vit, "objective": objective}
+        return {name: nnx.to_pure_dict(nnx.state(module)) for name, module in modules.items()}
+
+    decays = named_leaves(decay_mask(jax.eval_shape(params)))
+    layers = ["blocks"] if scan else ["blocks/0", "blocks/1"]
+    linears = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")
+    assert {name for name, decay in decays.items() if decay} == {
+        "backbone/patch_embed/kernel",
+        *(f"backbone/{layer}/{linear}/kernel" for layer in layers for linear in linears),
+        *(f"objective/pool/{name}/kernel" for name in ("query", "key", "value", "proj")),
+        *("objective/pool/mlp/fc1/kernel", "objective/pool/mlp/fc2/kernel"),
+        *("objective/head/pre_logits/kernel", "objective/head/fc/kernel"),
+    }
+    spared = {name.rsplit("/", 1)[-1] for name, decay in decays.items() if not decay}
+    assert spared == {"bias", "scale", "gamma", "cls_token", "pos_embed", "probe"}
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_adamw_in_float64(clip_norm):
+    b1, b2, eps, weight_decay = 0.8, 0.95, 1e-6, 0.3
+    optimizer, schedule = make_optimizer(
+        schedule="linear",
+        learning_rate=0.1,
+        total_steps=10,
+        warmup_steps=2,
+        weight_decay=weight_decay,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        clip_norm=clip_norm,
+    )
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.standard_normal((3, 2)), "bias": rng.standard_normal(2)}
+    grads = [
+        {"kernel": scale * rng.standard_normal((3, 2)), "bias": scale * rng.standard_normal(2)}
+        for scale in (5.0, 0.1, 1.0, 3.0, 0.01)  # some above the norm of clipping, some below
+    ]
+    x = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    state, update = optimizer.init(x), jax.jit(optimizer.update)
+    mean = jax.tree.map(np.zeros_like, params)
+    square = jax.tree.map(np.zeros_like, params)
+    for step, grad in enumerate(grads):
+        updates, state = update(jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grad), state, x)
+        x = jax.tree.map(jnp.add, x, updates)
+        norm = math.sqrt(sum((g**2).sum() for g in grad.values()))
+        shrink = min(1.0, clip_norm / norm) if clip_norm else 1.0
+        rate = float(schedule(step))
+        for name in params:
+            g = shrink * grad[name]
+            mean[name] = b1 * mean[name] + (1 - b1) * g
+            square[name] = b2 * square[name] + (1 - b2) * g**2
+            unbiased = mean[name] / (1 - b1 ** (step + 1))
+            root = np.sqrt(square[name] / (1 - b2 ** (step + 1)))
+            decay = weight_decay * params[name] if name == "kernel" else 0.0
+            params[name] = params[name] - rate * (unbiased / (root + eps) + decay)
+            np.testing.assert_allclose(x[name], params[name], rtol=2e-5, atol=1e-6)
+
+
+def test_ema_is_the_weighted_mean_of_all_that_was():
+    decay, values = 0.9, [1.0, 5.0, -2.0, 3.0]
+    ema = {"x": jnp.float32(values[0])}
+    for value in values[1:]:
+        ema = update_ema(ema, {"x": jnp.float32(value)}, decay)
+    weights = [0.9**3, 0.1 * 0.9**2, 0.1 * 0.9, 0.1]
+    assert float(ema["x"]) == pytest.approx(np.dot(weights, values))

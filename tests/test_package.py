@@ -1,0 +1,154 @@
+"""What the wheel holds, what importing costs, and who may import whom."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from tests.recipes import tiny
+from tests.runs import save_recipe
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "vit_jax"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# What each part may import of the package, and of what else that is heavy.
+MAY_IMPORT = {
+    "cli": {"commands", "spelling"},
+    "config": {"spelling", "data"},
+    "spelling": set(),
+    "tree": {"jax"},
+    "losses": {"jax", "optax"},
+    "preprocess": {"jax"},
+    "optim": {"jax", "optax", "tree", "spelling"},
+    "sharding": {"jax"},
+    "kernels": {"jax"},
+    "models": {"jax", "flax", "kernels"},
+    "objectives": {"jax", "flax", "models", "losses", "preprocess"},
+    "data": {"grain", "tensorflow_datasets", "spelling"},
+    "evals": {"jax", "flax", "data", "losses"},
+    "metrics": {"jax", "tensorboardX"},
+    "checkpoint": {"jax", "flax", "orbax", "tree"},
+    "runtime": {"jax"},
+    "workdir": {"jax", "config", "data", "metrics"},
+}
+HEAVY = {
+    *("jax", "flax", "optax", "orbax", "grain", "tensorboardX", "tensorflow_datasets"),
+    *("tensorflow", "torch", "sklearn"),
+}
+LATE = {"data": {"sklearn", "tensorflow"}, "config": {"data"}}  # inside a function, when needed
+
+
+def part_of(path: pathlib.Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: pathlib.Path):
+    """(part or heavy library, whether it is imported with the module) of each import."""
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            names = [node.module]
+            if node.module == "vit_jax":
+                names = [f"vit_jax.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            first, _, rest = name.partition(".")
+            if first == "vit_jax" and rest.split(".")[0] in PARTS:
+                yield rest.split(".")[0], id(node) in top
+            elif first in HEAVY:
+                yield first, id(node) in top
+
+
+PARTS = {part_of(path) for path in MODULES} - {"__init__"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_who_imports_whom(path):
+    part = part_of(path)
+    for name, early in imported(path):
+        assert name not in ("tensorflow", "torch", "sklearn") or not early, f"{name} is not always there"
+        if name == part or part in ("train", "commands", "__init__"):
+            continue  # these may know everything
+        allowed = MAY_IMPORT.get(part, set()) | (set() if early else LATE.get(part, set()))
+        if part == "cli" and name == "commands":
+            assert not early, "commands are imported when they are called"
+        assert name in allowed, f"{part} must not import {name}"
+
+
+def test_every_part_has_its_rule():
+    assert PARTS == MAY_IMPORT.keys() | {"train", "commands"}
+
+
+def test_only_train_and_the_commands_see_the_config():
+    for path in MODULES:
+        if part_of(path) not in ("train", "commands", "config", "workdir"):
+            assert "ml_collections" not in path.read_text(), path
+
+
+def test_there_is_no_utils_and_no_assert():
+    for path in MODULES:
+        assert path.stem not in ("utils", "util", "helpers", "common", "misc")
+        assert not [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assert)]
+
+
+def test_no_pickles_and_no_lookup_by_string():
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", "")]
+                assert not {"pickle", "importlib", "importlib.import_module"} & set(names), path
+
+
+def modules_of(code: str, *argv) -> set[str]:
+    """The top-level modules that a fresh process has imported after running `code`."""
+    code += "\nimport sys\nprint('\\nmodules', *{m.partition('.')[0] for m in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=240, check=True
+    )
+    return set(done.stdout.rsplit("modules", 1)[1].split())
+
+
+@pytest.mark.parametrize("module", ["vit_jax", "vit_jax.cli", "vit_jax.config"])
+def test_importing_is_light(module):
+    assert not modules_of(f"import {module}") & {"jax", "numpy", "tensorflow", "torch", "absl.app"}
+
+
+def test_help_does_not_wait_for_jax():
+    assert "jax" not in modules_of("import vit_jax.cli\nvit_jax.cli.main(['--help'])")
+
+
+def test_a_training_run_needs_neither_tensorflow_nor_torch(data_dir, tmp_path):
+    config = tiny(data_dir, total_steps=2)
+    flags = f"--config={save_recipe(config, tmp_path / 'r.py')}", f"--workdir={tmp_path}/run"
+    found = modules_of("import sys, vit_jax.cli\nassert vit_jax.cli.main() == 0", "train", *flags)
+    assert "jax" in found
+    assert not found & {"tensorflow", "torch", "torchvision", "tensorboard", "keras"}
+
+
+def test_the_wheel_holds_the_package_and_the_recipes(tmp_path):
+    build = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "-w", str(tmp_path)]
+    try:
+        built = subprocess.run(build, capture_output=True, text=True, timeout=240)
+    except subprocess.TimeoutExpired:
+        pytest.skip("hatchling cannot be fetched")
+    if built.returncode:
+        if "hatchling" in built.stderr and "No matching distribution" in built.stderr:
+            pytest.skip("hatchling cannot be fetched")
+        pytest.fail(built.stderr[-2000:])
+    (wheel,) = tmp_path.glob("vit_jax-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (entry,) = [n for n in archive.namelist() if n.endswith("entry_points.txt")]
+        assert "vit-jax = vit_jax.cli:main" in archive.read(entry).decode()
+    code = {str(path.relative_to(ROOT)) for path in MODULES}
+    configs = {f"vit_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    assert names == code | configs

@@ -1,0 +1,146 @@
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from etils import epath
+
+from tests.recipes import tiny
+from tests.runs import call, ending, save_recipe
+from vit_jax.runtime import Preempted, StopSignal, WorkdirLock
+
+OWNER = """
+import sys, time
+from etils import epath
+from vit_jax.runtime import WorkdirLock
+lock = WorkdirLock(epath.Path(sys.argv[1]))
+print("owned", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """Another process that owns `tmp_path`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    with ending(process):
+        assert process.stdout.readline() == "owned\n"
+        yield process
+
+
+def test_a_workdir_has_one_owner_until_it_is_killed(tmp_path, owner):
+    workdir = epath.Path(tmp_path)
+    with pytest.raises(ValueError, match=f"in use by process {owner.pid}; stop it or use") as caught:
+        WorkdirLock(workdir)
+    assert "\n" not in str(caught.value)
+    owner.kill()
+    owner.wait()
+    lock = WorkdirLock(workdir)
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()}; "):
+        WorkdirLock(workdir)
+    lock.release()
+    WorkdirLock(workdir).release()
+
+
+def test_a_second_run_on_a_workdir_is_refused_in_one_line(data_dir, tmp_path, owner):
+    recipe = save_recipe(tiny(data_dir, total_steps=2), tmp_path / "recipe.py")
+    second = call("train", f"--config={recipe}", f"--workdir={tmp_path}")
+    assert second.returncode == 1
+    assert re.fullmatch(rf"vit-jax: workdir \S+ is in use by process {owner.pid}; .*\n", second.stderr)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_remote_workdir_cannot_be_locked():
+    WorkdirLock(epath.Path("gs://bucket/run")).release()
+
+
+@pytest.fixture
+def stop():
+    stop = StopSignal()
+    yield stop
+    stop.restore()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted(stop, number):
+    assert not stop
+    stop.check()
+    os.kill(os.getpid(), number)
+    assert stop and stop.received == number
+    with pytest.raises(Preempted):
+        stop.check()
+
+
+def test_a_second_interrupt_ends_at_once(stop):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # schedulers repeat themselves
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_signals_go_back_to_who_had_them():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    StopSignal().restore()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_in_a_thread_there_are_no_signals_to_note():
+    made = []
+    thread = threading.Thread(target=lambda: made.append(StopSignal()))
+    thread.start()
+    thread.join()
+    assert not made[0]
+    made[0].restore()
+
+
+COUNTED = """
+import sys
+from jax import monitoring
+counts = {}
+monitoring.register_event_listener(lambda name, **_: counts.update({name: counts.get(name, 0) + 1}))
+import vit_jax.cli
+code = vit_jax.cli.main()
+print("hits", counts.get("/jax/compilation_cache/cache_hits", 0))
+sys.exit(code)
+"""
+
+
+def test_the_second_start_takes_the_compiled_step_from_the_cache(data_dir, tmp_path):
+    config = tiny(data_dir, total_steps=2, model__depth=1)
+    recipe = save_recipe(config, tmp_path / "recipe.py")
+    environment = dict(os.environ, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    del environment["JAX_COMPILATION_CACHE_DIR"]  # so that it is the user's own
+    found = []
+    for number in range(2):
+        flags = f"--config={recipe}", f"--workdir={tmp_path / str(number)}"
+        done = subprocess.run(
+            [sys.executable, "-c", COUNTED, "train", *flags],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        files = sorted(pathlib.Path(tmp_path, "cache", "vit_jax", "xla").glob("*-cache"))
+        steps = [file.name for file in files if "train_step" in file.name]
+        found.append((int(re.search(r"hits (\d+)", done.stdout)[1]), steps))
+    (cold, first), (warm, second) = found
+    assert cold == 0 < warm
+    assert len(first) == 1 and first == second
+
+
+def test_a_signal_during_a_sleep_is_noted_at_once(stop):
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    begun = time.time()
+    while not stop and time.time() - begun < 10:
+        time.sleep(0.01)
+    assert stop.received == signal.SIGTERM
