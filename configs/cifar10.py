@@ -6,8 +6,8 @@
 PATH/TO/cifar10 holds train/<class>/ and test/<class>/ with 32 × 32 images; the TFDS dataset of the
 same name (`vit-jax prepare tfds cifar10`) does as well. The whole recipe was not yet run.
 
-`cifar10.py:small` is a smaller model with larger patches for two epochs, to see it learn on a CPU in
-minutes; the README's results table has its figures.
+`cifar10.py:small` is a smaller model with larger patches for two epochs, to see it learn on a CPU
+in minutes; the README's results table has its figures.
 """
 
 from ml_collections import ConfigDict
@@ -56,7 +56,11 @@ def get_config(arg: str = "") -> ConfigDict:
         "dtype": "float32",
         "drop_path": 0.0 if arg.small else 0.1,
     }
-    config.objective = {"name": "supervised", "label_smoothing": 0.0 if arg.small else 0.1, "pool": "gap"}
+    config.objective = {
+        "name": "supervised",
+        "label_smoothing": 0.0 if arg.small else 0.1,
+        "pool": "gap",
+    }
     config.preprocess = {"normalize": "dataset", "mixup": 0.0 if arg.small else 0.2}
     config.augment = {"name": "pad_crop_flip", "size": size, "padding": padding, "flip": True}
     config.data = {"name": arg.name, "split": "train", "data_dir": arg.data_dir, "num_workers": 0}

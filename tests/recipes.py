@@ -6,7 +6,7 @@ from vit_jax.commands.config_flag import load_config
 
 
 def tiny(data_dir: str, **leaves) -> ConfigDict:
-    """`digits:debug` with random crops, dropout, drop path and mixup; leaves as `model__dropout=0.1`."""
+    """`digits:debug` with random crops, dropout, drop path and mixup; leaves: `seed=1, a__b=2`."""
     config = load_config("digits:debug")
     config.batch_size = 16
     config.log_every = 1

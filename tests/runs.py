@@ -197,8 +197,10 @@ def damage(name: str, *, data_dir: str, bad: dict[str, dict[int, bytes]]) -> Non
 
 
 def _plain(record: dict) -> dict:
-    return {k: v if isinstance(v, bytes) else v.encode() if isinstance(v, str) else int(v)
-            for k, v in record.items()}
+    return {
+        k: v if isinstance(v, bytes) else v.encode() if isinstance(v, str) else int(v)
+        for k, v in record.items()
+    }
 
 
 def _flat(tree) -> dict:

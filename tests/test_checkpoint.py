@@ -53,7 +53,11 @@ def parts_of(config):
     info = dataset_info("digits", data_dir=config.data.data_dir)
     parts, init = train_lib.make_parts(config, info)
     abstract = train_lib.abstract_state(init, make_mesh())
-    return parts, jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract)), abstract
+    return (
+        parts,
+        jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, abstract)),
+        abstract,
+    )
 
 
 @settings(max_examples=6, deadline=None)
@@ -70,9 +74,7 @@ def test_stacking_is_the_inverse_of_unstacking(depth, shape, prefix):
     names = [f"{prefix}/{layer}/norm1/scale" for layer in range(depth)]
     assert list(apart) == [*names, "head/bias", "step"]
     assert all(apart[name].shape == tuple(shape) for name in names)
-    abstract = {
-        k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=None) for k, v in leaves.items()
-    }
+    abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=None) for k, v in leaves.items()}
     assert {k: v.shape for k, v in unstack_abstract(abstract).items()} == {
         k: v.shape for k, v in apart.items()
     }

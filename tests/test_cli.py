@@ -51,14 +51,20 @@ def train(data_dir, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--config.optimizer.learning_rat=1"], "learning_rat: .*did you mean 'optimizer.learning_rate'"),
+        (
+            ["--config.optimizer.learning_rat=1"],
+            "learning_rat: .*did you mean 'optimizer.learning_rate'",
+        ),
         (["--config.optimiser.learning_rate=1"], "did you mean 'optimizer.learning_rate'"),
         (["--config.total_step=1"], "did you mean 'total_steps'"),
         (["--workdri=x"], "unknown flag --workdri; did you mean --workdir"),
         (["--config.total_steps=many"], "total_steps"),
         (["--config.batch_size=1.5"], "batch_size"),
         (["steps"], "argument 'steps' is unknown; flags start with --"),
-        (["--config.objective.name=supervize"], "'supervize' is unknown .*did you mean 'supervised'"),
+        (
+            ["--config.objective.name=supervize"],
+            "'supervize' is unknown .*did you mean 'supervised'",
+        ),
         (["--config.augment.name=flip"], "flip.*pad_crop_flip"),
         (["--config.evals.test.name=knn2"], "'knn2' is unknown.*choose one of .*classification"),
         (["--config.model.variant=Q/2"], "variant='Q/2' is unknown.*Ti"),
@@ -66,11 +72,20 @@ def train(data_dir, tmp_path):
         (["--config.evals.test.batch_size=0"], "batch_size=0"),
         (["--config.evals.test.split=tset"], "no split 'tset'; it has"),
         (["--config.evals.test.dataset=nothing"], "no dataset 'nothing'.*vit-jax prepare"),
-        (["--config.data.name=nothing"], "no dataset 'nothing'.*vit-jax prepare folder PATH --name=n"),
+        (
+            ["--config.data.name=nothing"],
+            "no dataset 'nothing'.*vit-jax prepare folder PATH --name=n",
+        ),
         (["--config.data.split=training"], "no split 'training'; it has .*train"),
         (["--config.model.image_size=(9, 8)"], r"image_size=\(9, 8\).*multiple|must be.*\(8, 8\)"),
-        (["--config.augment.size=(16, 16)"], r"augment.size=\(16, 16\) and model.image_size=\(8, 8\)"),
-        (["--config.evals.test.augment.size=(6, 6)"], r"evals.test.augment.size=\(6, 6\) and model"),
+        (
+            ["--config.augment.size=(16, 16)"],
+            r"augment.size=\(16, 16\) and model.image_size=\(8, 8\)",
+        ),
+        (
+            ["--config.evals.test.augment.size=(6, 6)"],
+            r"evals.test.augment.size=\(6, 6\) and model",
+        ),
         (["--config.mesh.data=3"], "does not multiply to the 8 devices; use -1"),
         (["--config.optimizer.warmup_steps=99"], "warmup_steps=99 .* must fit into total_steps=20"),
         (["--config.train.best_metric=val/top1"], "best_metric='val/top1' .* evals: test"),
@@ -93,7 +108,10 @@ def test_a_run_that_cannot_be_started(fails, train, flags, words, monkeypatch):
         (["train", "--config=digit", "--workdir=x"], "did you mean 'digits'"),
         (["train", "--config=digits:debugg", "--workdir=x"], "'debugg' is unknown .*'debug'"),
         (["train", "--config=digits:steps=few", "--workdir=x"], "steps='few' must be of int"),
-        (["train", "--config=image_folder:name=never_made", "--workdir=x"], "vit-jax prepare folder"),
+        (
+            ["train", "--config=image_folder:name=never_made", "--workdir=x"],
+            "vit-jax prepare folder",
+        ),
         (["evaluate"], "--workdir is missing"),
         (["evaluate", "--workdir=nowhere"], "no checkpoint in nowhere"),
         (["prepare"], "one of digits, folder, tfds, convert"),
@@ -154,7 +172,9 @@ def test_a_loss_that_is_not_finite(capfd, data_dir, tmp_path):
     recipe = save_recipe(config, tmp_path / "recipe.py")
     assert cli.main(["train", f"--config={recipe}", f"--workdir={tmp_path}/run"]) == 1
     (line,) = capfd.readouterr().err.splitlines()
-    assert re.search(r"step \d is not finite \(loss .*\); .* last good state: lower the learning", line)
+    assert re.search(
+        r"step \d is not finite \(loss .*\); .* last good state: lower the learning", line
+    )
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,9 @@ def test_rows_after_the_checkpoint_are_cut_off_everywhere(tmp_path):
     write(tmp_path, range(1, 6))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "train/lo')  # a kill came
-    assert [row["step"] for row in read_rows(epath.Path(tmp_path) / "metrics.jsonl")] == [*range(1, 6)]
+    assert [row["step"] for row in read_rows(epath.Path(tmp_path) / "metrics.jsonl")] == [
+        *range(1, 6)
+    ]
     write(tmp_path, [4, 5, 6, 7], resume_step=3)
     assert [row["step"] for row in rows(tmp_path)] == [*range(1, 8)]
     assert_board_shows(tmp_path)
@@ -91,7 +93,9 @@ def test_wandb_gets_the_rows_of_a_run_that_it_knows_again(tmp_path, monkeypatch)
 
     monkeypatch.setitem(__import__("sys").modules, "wandb", types.SimpleNamespace(init=init))
     for step in (1, 2):
-        writer = MetricsWriter(epath.Path(tmp_path), wandb="mine", config={"seed": 0}, resume_step=1)
+        writer = MetricsWriter(
+            epath.Path(tmp_path), wandb="mine", config={"seed": 0}, resume_step=1
+        )
         writer.write(step, {"train/loss": 0.5, "speed/mfu": math.nan})
         writer.close()
     assert logged == [(1, {"train/loss": 0.5}), "finished", (2, {"train/loss": 0.5}), "finished"]
@@ -188,7 +192,8 @@ def test_a_line_says_what_a_person_wants_to_know(monitor, clock, monkeypatch, ki
         monitor.push(step, metrics_of(step))
     monitor.flush()
     assert monitor.lines == [
-        "step  2/10 | loss 0.5000 | lr 1.00e-03 | 32,000 images/s | left 0:00 | data wait 25%" + end,
+        "step  2/10 | loss 0.5000 | lr 1.00e-03 | 32,000 images/s | left 0:00 | data wait 25%"
+        + end,
         # Steps are read one late, but the last one at once.
         "step  4/10 | loss 1.0000 | lr 1.00e-03 | 64,000 images/s | left 0:00 | data wait 25%"
         + end.replace("3.9", "7.8"),
@@ -218,7 +223,9 @@ def test_an_unreadable_image_is_named_once_and_counted_each_time(monitor, tmp_pa
     monitor.push(2, metrics_of(2), ["example 3: cut", "example 5: empty"])
     monitor.push(3, metrics_of(3), ["example 5: empty"])  # belongs to a later row
     named = [line for line in monitor.lines if line.startswith("unreadable")]
-    assert named == [f"unreadable image, left out: example {what}" for what in ("3: cut", "5: empty")]
+    assert named == [
+        f"unreadable image, left out: example {what}" for what in ("3: cut", "5: empty")
+    ]
     (row,) = rows(tmp_path)
     assert row["step"] == 2 and row["train/rejected"] == 3
     assert monitor.rejected == 4
@@ -231,7 +238,9 @@ def test_updates_that_are_not_finite_are_counted_and_then_end_the_run(monitor, t
         "step 1 is not finite (loss 0.25, grad norm 2.0): update skipped, 1 of at most 1"
     ]
     monitor.push(3, metrics_of(3, finite=False))
-    with pytest.raises(FloatingPointError, match="step 3 is not finite .*checkpoints/4 is the last"):
+    with pytest.raises(
+        FloatingPointError, match="step 3 is not finite .*checkpoints/4 is the last"
+    ):
         monitor.flush()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["train/skipped"] == 1
 
@@ -252,7 +261,8 @@ def test_mfu_is_the_share_of_all_devices_peak():
 
 
 @pytest.mark.parametrize(
-    "seconds, text", [(0, "0:00"), (7.4, "0:07"), (59.6, "1:00"), (723, "12:03"), (11523, "3:12:03")]
+    "seconds, text",
+    [(0, "0:00"), (7.4, "0:07"), (59.6, "1:00"), (723, "12:03"), (11523, "3:12:03")],
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text

@@ -265,9 +265,7 @@ def test_eight_devices_go_on_as_one(data_dir, tmp_path, monkeypatch):
         run(config, tmp_path / "parts", StopAfter(3, patch))
     assert steps_on_disk(tmp_path / "parts") == [3]
     flags = f"--config={save_recipe(config, tmp_path / 'recipe.py')}", f"--workdir={tmp_path}/parts"
-    done = call(
-        "train", *flags, XLA_FLAGS="--xla_force_host_platform_device_count=1"
-    )
+    done = call("train", *flags, XLA_FLAGS="--xla_force_host_platform_device_count=1")
     assert done.returncode == 0, done.stderr
     assert "on 1 × cpu" in done.stdout and "resuming at step 3 of 8" in done.stdout
     eight, one = (deterministic_rows(tmp_path / name) for name in ("whole", "parts"))

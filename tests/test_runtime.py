@@ -37,7 +37,9 @@ def owner(tmp_path):
 
 def test_a_workdir_has_one_owner_until_it_is_killed(tmp_path, owner):
     workdir = epath.Path(tmp_path)
-    with pytest.raises(ValueError, match=f"in use by process {owner.pid}; stop it or use") as caught:
+    with pytest.raises(
+        ValueError, match=f"in use by process {owner.pid}; stop it or use"
+    ) as caught:
         WorkdirLock(workdir)
     assert "\n" not in str(caught.value)
     owner.kill()
@@ -53,7 +55,9 @@ def test_a_second_run_on_a_workdir_is_refused_in_one_line(data_dir, tmp_path, ow
     recipe = save_recipe(tiny(data_dir, total_steps=2), tmp_path / "recipe.py")
     second = call("train", f"--config={recipe}", f"--workdir={tmp_path}")
     assert second.returncode == 1
-    assert re.fullmatch(rf"vit-jax: workdir \S+ is in use by process {owner.pid}; .*\n", second.stderr)
+    assert re.fullmatch(
+        rf"vit-jax: workdir \S+ is in use by process {owner.pid}; .*\n", second.stderr
+    )
     assert not (tmp_path / "config.json").exists()
 
 

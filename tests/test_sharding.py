@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax.sharding import check_batch_size, make_mesh, put_batch, replicated
+from vit_jax.sharding import check_batch_size, make_mesh, pad_batch, put_batch, replicated
 
 
 def test_a_mesh_takes_all_devices_by_default():
@@ -43,3 +43,14 @@ def test_a_batch_is_spread_in_order_and_parameters_are_everywhere():
         np.testing.assert_array_equal(parts[device.id], images[2 * place : 2 * place + 2])
     everywhere = jax.device_put(images, replicated(mesh))
     assert all(shard.data.shape == (16, 3) for shard in everywhere.addressable_shards)
+
+
+@pytest.mark.parametrize(("size", "padded"), [(16, 16), (17, 24), (3, 8)])
+def test_what_the_devices_do_not_divide_is_padded(size, padded):
+    batch = {"image": np.ones((size, 2, 2, 3), np.uint8), "mask": np.ones(size, bool)}
+    out = pad_batch(batch, make_mesh())
+    assert out["image"].shape == (padded, 2, 2, 3) and out["image"].dtype == np.uint8
+    np.testing.assert_array_equal(out["mask"], np.arange(padded) < size)
+    np.testing.assert_array_equal(out["image"][:size], batch["image"])
+    assert not out["image"][size:].any()
+    assert size < padded or out["image"] is batch["image"]  # the usual case copies nothing

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+
 from tests.recipes import tiny
 from tests.runs import assert_same_bits, deterministic_rows, run
-
 from vit_jax import metrics as metrics_lib
 from vit_jax import train as train_lib
 from vit_jax.data.loader import HOST_ONLY, make_loader
@@ -113,7 +113,9 @@ def test_metrics_of_a_step_are_fetched_after_the_next_is_dispatched(
     assert dispatched == 6
     # Exactly: step n-1 is read after the dispatch of n, and only once it is (3 is logged too).
     assert events == ["dispatch", *["dispatch", "fetch"] * 2, "dispatch", "fetch", "fetch"] + [
-        *["dispatch", "fetch"] * 2, "fetch", "fetch"
+        *["dispatch", "fetch"] * 2,
+        "fetch",
+        "fetch",
     ]
 
 
@@ -145,9 +147,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_step_and_the_last_good_
         info = dataset_info("digits", data_dir=data_dir)
         _, init = train_lib.make_parts(config, info)
         checkpoints = train_lib.Checkpoints(folder, read_only=True)
-        state, _ = checkpoints.restore(
-            int(step.name), train_lib.abstract_state(init, make_mesh())
-        )
+        state, _ = checkpoints.restore(int(step.name), train_lib.abstract_state(init, make_mesh()))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
@@ -278,10 +278,8 @@ def test_another_dataset_under_the_same_name_is_refused(data_dir, tmp_path, monk
 def test_the_best_checkpoint_is_kept_beside_the_newest(data_dir, tmp_path, monkeypatch):
     scores = iter([0.1, 0.9, 0.3, 0.2, 0.4, 0.5])
     real = train_lib.evaluate
-    monkeypatch.setattr(
-        train_lib, "evaluate", lambda *a: real(*a) | {"test/top1": next(scores)}
-    )
+    monkeypatch.setattr(train_lib, "evaluate", lambda *a: real(*a) | {"test/top1": next(scores)})
     leaves = {"total_steps": 6, "eval_every": 1, "save_every": 1, "train__keep": 1}
-    trainer, _ = run(tiny(data_dir, **leaves), tmp_path / "run")
+    run(tiny(data_dir, **leaves), tmp_path / "run")
     kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
     assert kept == [2, 6]

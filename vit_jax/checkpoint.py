@@ -21,7 +21,7 @@ STACKED = re.compile(r"^(.*\bblocks)/(?!\d+/)(.+)$")  # scanned blocks: no numbe
 
 
 class _Best:
-    """Preserves the `number` checkpoints with the highest score; unscored ones are not preserved."""
+    """Preserves the `number` checkpoints with the highest score, and none without a score."""
 
     def __init__(self, number: int):
         self.number, self.scores = number, {}
@@ -157,7 +157,7 @@ def _state_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def unstack(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Names of scanned blocks get the layer's number: 'blocks/norm1/scale' -> 'blocks/0/norm1/…'."""
+    """Scanned blocks' names get the layer's number: 'blocks/norm1/scale' -> 'blocks/0/norm1/…'."""
     out = {}
     for name, leaf in leaves.items():
         if match := STACKED.match(name):

@@ -1,7 +1,6 @@
 """What a person watches: files of metrics, where the time goes, and how fast it is."""
 
 import contextlib
-import functools
 import json
 import math
 import time
@@ -196,7 +195,7 @@ class Monitor:
         flops_per_image: int,
         max_skips: int,
         last_good: Callable[[], str],
-        say: Callable[[str], None] = functools.partial(print, flush=True),
+        say: Callable[[str], None],
         skipped: int = 0,
         rejected: int = 0,
     ):
@@ -239,8 +238,8 @@ class Monitor:
         what = f"step {step} is not finite (loss {values['loss']}, grad norm {values['grad_norm']})"
         if self.skipped > self._max_skips:
             raise FloatingPointError(
-                f"{what}; {self._last_good()} is the last good state: lower the learning rate, clip "
-                f"gradients, or skip such steps with train.max_skips (now {self._max_skips})."
+                f"{what}; {self._last_good()} is the last good state: lower the learning rate, "
+                f"clip gradients, or skip such steps with train.max_skips (now {self._max_skips})."
             )
         self._say(f"{what}: update skipped, {self.skipped} of at most {self._max_skips}")
 

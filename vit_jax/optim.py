@@ -76,7 +76,10 @@ def make_schedule(
     _check_choice("schedule", name, SCHEDULES)
     if cooldown_steps and name != "rsqrt":
         raise ValueError(f"cooldown_steps={cooldown_steps} needs schedule='rsqrt', not {name!r}.")
-    if not 0 <= warmup_steps + cooldown_steps <= total_steps or min(warmup_steps, cooldown_steps) < 0:
+    if (
+        not 0 <= warmup_steps + cooldown_steps <= total_steps
+        or min(warmup_steps, cooldown_steps) < 0
+    ):
         raise ValueError(
             f"warmup_steps={warmup_steps} and cooldown_steps={cooldown_steps} must fit into "
             f"total_steps={total_steps}; shorten them."
@@ -96,9 +99,7 @@ def decay_mask(params: Any) -> Any:
 
 def adamw(schedule, *, b1, b2, eps, weight_decay) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019): the decay is `weight_decay` × learning rate a step."""
-    return optax.adamw(
-        schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask
-    )
+    return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
 
 
 OPTIMIZERS = {"adamw": adamw}

@@ -73,7 +73,7 @@ def make_preprocess(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Preprocess:
-    """A `Preprocess` that normalises by 0.5 ('half') or by the dataset's own statistics ('dataset').
+    """A `Preprocess` that normalises by 0.5 ('half') or the dataset's statistics ('dataset').
 
     Args:
       normalize: 'half' or 'dataset'.

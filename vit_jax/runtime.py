@@ -57,7 +57,7 @@ class WorkdirLock:
         self._file = None
         if "://" in str(workdir):  # a lock needs a file system
             return
-        self._file = open(pathlib.Path(workdir) / ".lock", "a+")
+        self._file = open(pathlib.Path(workdir) / ".lock", "a+")  # noqa: SIM115 (held for long)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -147,7 +147,9 @@ def train_step(parts: Parts, state: TrainState, batch: Batch) -> tuple[TrainStat
     finite = all_finite((loss, norms, output.aux))
     new = TrainState(state.step, params, non_trainable, opt_state, ema)
     new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-    metrics = {name: total / jnp.maximum(count, 1) for name, (total, count) in output.metrics.items()}
+    metrics = {
+        name: total / jnp.maximum(count, 1) for name, (total, count) in output.metrics.items()
+    }
     metrics |= norms | {"learning_rate": parts.schedule(state.step), "finite": finite}
     return new._replace(step=state.step + 1), {"loss": loss} | metrics
 
@@ -201,7 +203,6 @@ def make_parts(config: ConfigDict, info: DatasetInfo) -> tuple[Parts, Callable[[
         return TrainState(jnp.int32(0), params, non_trainable, optimizer.init(params), ema)
 
     return parts, init
-
 
 
 def abstract_state(init: Callable[[], TrainState], mesh: jax.sharding.Mesh) -> TrainState:
@@ -312,6 +313,7 @@ class Trainer:
             flops_per_image=self.parts.flops_per_image,
             max_skips=self.options.max_skips,
             last_good=self._last_good,
+            say=functools.partial(print, flush=True),
             skipped=meta.get("skipped", 0),
             rejected=meta.get("rejected", 0),
         )
@@ -386,7 +388,10 @@ class Trainer:
             step = jax.jit(
                 functools.partial(train_step, self.parts),
                 donate_argnums=0,
-                out_shardings=(jax.tree.map(lambda x: x.sharding, self.state), replicated(self.mesh)),
+                out_shardings=(
+                    jax.tree.map(lambda x: x.sharding, self.state),
+                    replicated(self.mesh),
+                ),
             )
             compiled = step.lower(self.state, batch).compile()
         print(f"compiled in {time.time() - start:.1f} s", flush=True)

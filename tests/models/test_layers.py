@@ -88,9 +88,9 @@ def test_patches_go_row_by_row():
     np.testing.assert_array_equal(embed(images)[0, :, 0], np.array([1, 2, 3, 4]) * 2 * 3 * 3)
 
 
-def test_patch_embedding_in_grey_and_in_half_precision():
-    embed = make(PatchEmbed, (2, 2), 8, channels=1, dtype=jnp.bfloat16)
-    out = embed(np.ones((1, 4, 4, 1), np.float32))
+def test_patch_embedding_in_half_precision():
+    embed = make(PatchEmbed, (2, 2), 8, dtype=jnp.bfloat16)
+    out = embed(np.ones((1, 4, 4, 3), np.float32))
     assert out.shape == (1, 4, 8) and out.dtype == jnp.bfloat16
     assert embed.kernel[...].dtype == jnp.float32
 

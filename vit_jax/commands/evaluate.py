@@ -37,5 +37,9 @@ def main(argv: list[str]) -> int:
     print(f"checkpoint {workdir / 'checkpoints' / str(step)}")
     width = max(map(len, results), default=0)
     for name, value in results.items():
-        print(f"{name:<{width}}  {value:.6g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
+        print(
+            f"{name:<{width}}  {value:.6g}"
+            if isinstance(value, float)
+            else f"{name:<{width}}  {value}"
+        )
     return 0

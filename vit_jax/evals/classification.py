@@ -13,6 +13,7 @@ from vit_jax.data.augment import make_augmentation
 from vit_jax.data.loader import HOST_ONLY, make_eval_loader
 from vit_jax.losses import softmax_cross_entropy
 
+
 class Classification:
     """Top-1, top-5 and mean softmax cross-entropy.
 

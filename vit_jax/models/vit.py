@@ -210,13 +210,15 @@ def make_vit(
     """
     name, patch_size = _parse_variant(variant)
     given = dim, depth, num_heads, mlp_dim
-    shape = [row if value is None else value for value, row in zip(given, VARIANTS[name])]
+    shape = [
+        row if value is None else value for value, row in zip(given, VARIANTS[name], strict=True)
+    ]
     if isinstance(image_size, int):
         image_size = (image_size, image_size)
     return VisionTransformer(
         image_size=tuple(image_size),
         patch_size=patch_size,
-        **dict(zip(("dim", "depth", "num_heads", "mlp_dim"), shape)),
+        **dict(zip(("dim", "depth", "num_heads", "mlp_dim"), shape, strict=True)),
         cls_token=cls_token,
         pos_embed=pos_embed,
         dropout=dropout,
@@ -257,8 +259,9 @@ def _parse_variant(variant: str) -> tuple[str, tuple[int, int]]:
 def _grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
     if len(image_size) != 2 or not all(isinstance(pixels, int) for pixels in image_size):
         raise ValueError(f"image_size={image_size} must be height and width, like (224, 224).")
-    if any(pixels % patch or pixels < patch for pixels, patch in zip(image_size, patch_size)):
-        nearest = tuple(max(round(i / p), 1) * p for i, p in zip(image_size, patch_size))
+    sides = list(zip(image_size, patch_size, strict=True))
+    if any(pixels % patch or pixels < patch for pixels, patch in sides):
+        nearest = tuple(max(round(pixels / patch), 1) * patch for pixels, patch in sides)
         raise ValueError(
             f"image_size={image_size} must be a multiple of patch_size={patch_size}; try {nearest}."
         )
