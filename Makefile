@@ -41,4 +41,4 @@ $(VENV)/.test: $(VENV)/.base
 	touch $@
 
 clean:
-	rm -rf $(VENV) data runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -12,7 +12,7 @@ in minutes; the README's results table has its figures.
 
 from ml_collections import ConfigDict
 
-from vit_jax.config import dataset_size, parse_arg
+from vit_jax.config import dataset_splits, parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
         dim, depth, num_heads, mlp_dim = 32, 2, 2, 64
         arg.update({"batch_size": 8, "steps": 4})
     if not arg.steps:
-        num_examples = dataset_size(arg.name, split="train", data_dir=arg.data_dir)
+        num_examples = dataset_splits(arg.name, data_dir=arg.data_dir)["train"]
         arg.steps = round(num_examples / arg.batch_size * arg.epochs)
     config = ConfigDict()
     config.seed = 0
@@ -54,6 +54,9 @@ def get_config(arg: str = "") -> ConfigDict:
         "mlp_dim": mlp_dim,
         "pos_embed": "learned",
         "dtype": "float32",
+        "dropout": 0.0,
+        "scan": False,
+        "remat": "none",
         "drop_path": 0.0 if arg.small else 0.1,
     }
     config.objective = {
@@ -63,7 +66,13 @@ def get_config(arg: str = "") -> ConfigDict:
     }
     config.preprocess = {"normalize": "dataset", "mixup": 0.0 if arg.small else 0.2}
     config.augment = {"name": "pad_crop_flip", "size": size, "padding": padding, "flip": True}
-    config.data = {"name": arg.name, "split": "train", "data_dir": arg.data_dir, "num_workers": 0}
+    config.data = {
+        "name": arg.name,
+        "split": "train",
+        "data_dir": arg.data_dir,
+        "num_workers": 0,
+        "strict": False,
+    }
     config.optimizer = {
         "learning_rate": 2e-3 if arg.small else 1e-3,
         "warmup_steps": arg.steps // 10,
@@ -71,7 +80,14 @@ def get_config(arg: str = "") -> ConfigDict:
         "clip_norm": 1.0,
     }
     config.mesh = {"data": -1}
-    config.train = {"best_metric": "test/top1"}
+    config.train = {
+        "keep": 2,
+        "keep_best": 1,
+        "best_metric": "test/top1",
+        "ema_decay": 0.0,
+        "max_skips": 0,
+        "wandb": "",
+    }
     config.evals = {
         "test": {
             "name": "classification",

@@ -12,8 +12,8 @@ from vit_jax.config import parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Argument: steps=N, debug."""
-    arg = parse_arg(arg, steps=1500, debug=False)
+    """Argument: steps, data_dir, debug."""
+    arg = parse_arg(arg, steps=1500, data_dir="data", debug=False)
     steps = 20 if arg.debug else arg.steps
     config = ConfigDict()
     config.seed = 0
@@ -29,12 +29,22 @@ def get_config(arg: str = "") -> ConfigDict:
         "depth": 2 if arg.debug else 3,
         "num_heads": 2 if arg.debug else 4,
         "mlp_dim": 64 if arg.debug else 256,
+        "dropout": 0.0,
         "drop_path": 0.1,
+        "scan": False,
+        "remat": "none",
+        "dtype": "float32",
     }
     config.objective = {"name": "supervised", "label_smoothing": 0.1}
     config.preprocess = {"normalize": "dataset", "mixup": 0.5}
     config.augment = {"name": "none", "size": (8, 8)}
-    config.data = {"name": "digits", "split": "train", "data_dir": "data"}
+    config.data = {
+        "name": "digits",
+        "split": "train",
+        "data_dir": arg.data_dir,
+        "num_workers": 0,
+        "strict": False,
+    }
     config.optimizer = {
         "learning_rate": 2e-3,
         "warmup_steps": steps // 10,
@@ -42,13 +52,20 @@ def get_config(arg: str = "") -> ConfigDict:
         "clip_norm": 1.0,
     }
     config.mesh = {"data": -1}
-    config.train = {"best_metric": "test/top1"}
+    config.train = {
+        "keep": 2,
+        "keep_best": 1,
+        "best_metric": "test/top1",
+        "ema_decay": 0.0,
+        "max_skips": 0,
+        "wandb": "",
+    }
     config.evals = {
         "test": {
             "name": "classification",
             "dataset": "digits",
             "split": "test",
-            "data_dir": "data",
+            "data_dir": arg.data_dir,
             "augment": {"name": "none", "size": (8, 8)},
             "batch_size": 360,
         }

@@ -6,12 +6,13 @@
 The recipe is S/16 of Beyer et al. 2022 (arXiv:2205.01580): AdamW, global average pooling, fixed
 sin-cos positions, random resized crops and a little mixup. Its learning rate is theirs for a batch
 of 1,024, scaled linearly to `batch_size`. For images larger or smaller than 224 pixels set `size`
-and `variant` (patches should number 49 to 256: `size=64,variant=S/8`).
+and `variant` (patches should number 49 to 256: `size=64,variant=S/8`). The evaluation takes the
+test or validation split; a dataset without one gives its last tenth (`train[90%:]`).
 """
 
 from ml_collections import ConfigDict
 
-from vit_jax.config import dataset_size, parse_arg
+from vit_jax.config import dataset_splits, parse_arg
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -20,7 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
         arg,
         name="mine",
         data_dir="data",
-        eval_split="test",
+        eval_split="",
         variant="S/16",
         size=224,
         epochs=90,
@@ -30,7 +31,13 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg.debug:
         arg.update({"variant": "Ti/8", "size": 16, "batch_size": 8})
     size = (arg.size, arg.size)
-    num_examples = dataset_size(arg.name, split="train", data_dir=arg.data_dir)
+    splits = dataset_splits(arg.name, data_dir=arg.data_dir)
+    train_split, num_examples = "train", splits.get("train", 1)  # the loader says what is missing
+    others = [split for split in ("test", "validation", "val", "valid") if split in splits]
+    if not arg.eval_split and not others:  # the records' order is random: no class is lost
+        arg.eval_split, train_split = "train[90%:]", "train[:90%]"
+        num_examples = num_examples * 9 // 10
+    arg.eval_split = arg.eval_split or others[0]
     steps = 4 if arg.debug else max(round(num_examples / arg.batch_size * arg.epochs), 1)
     config = ConfigDict()
     config.seed = 0
@@ -46,6 +53,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "dtype": "float32",
         "scan": False,
         "remat": "none",
+        "dropout": 0.0,
         "drop_path": 0.0,
     }
     if arg.debug:
@@ -55,7 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.augment = {"name": "inception_crop_flip", "size": size, "min_scale": 0.08}
     config.data = {
         "name": arg.name,
-        "split": "train",
+        "split": train_split,
         "data_dir": arg.data_dir,
         "num_workers": 0,
         "strict": False,
@@ -70,7 +78,14 @@ def get_config(arg: str = "") -> ConfigDict:
         "clip_norm": 1.0,
     }
     config.mesh = {"data": -1}
-    config.train = {"keep": 2, "keep_best": 1, "best_metric": "test/top1", "max_skips": 0}
+    config.train = {
+        "keep": 2,
+        "keep_best": 1,
+        "best_metric": "test/top1",
+        "ema_decay": 0.0,
+        "max_skips": 0,
+        "wandb": "",
+    }
     config.evals = {
         "test": {
             "name": "classification",

@@ -18,6 +18,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from tensorboardX.proto import event_pb2
 
+from tests.recipes import tiny
 from vit_jax import train as train_lib
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.data import sources, writer
@@ -25,6 +26,11 @@ from vit_jax.data.tfrecord import read_tfrecord
 from vit_jax.metrics import Stopwatch
 from vit_jax.runtime import StopSignal
 from vit_jax.tree import named_leaves
+
+
+def short(data_dir: str, **leaves) -> ConfigDict:
+    """`tiny` in six steps, with averaged parameters: one program, compiled once for all tests."""
+    return tiny(data_dir, **{"total_steps": 6, "train__ema_decay": 0.5} | leaves)
 
 
 def run(config, workdir, stop=None):

@@ -21,6 +21,7 @@ from tests.runs import (
     run,
     save_recipe,
     saved_state,
+    short,
     steps_on_disk,
 )
 from vit_jax import train as train_lib
@@ -189,7 +190,7 @@ def test_a_reader_makes_no_folder(tmp_path):
 
 
 def test_arrays_and_json_are_all_that_is_on_disk(data_dir, tmp_path):
-    run(tiny(data_dir, total_steps=2), tmp_path / "run")
+    run(short(data_dir), tmp_path / "run")
     arrays = 0
     for path in (tmp_path / "run" / "checkpoints").rglob("*"):
         if path.is_dir() or path.name == "commit_success.txt":
@@ -202,7 +203,7 @@ def test_arrays_and_json_are_all_that_is_on_disk(data_dir, tmp_path):
         else:
             json.loads(data)
     assert arrays
-    for value in saved_state(tmp_path / "run", 2).values():
+    for value in saved_state(tmp_path / "run", 6).values():
         assert value.dtype.kind in "fi"
 
 
@@ -249,7 +250,7 @@ sys.exit(vit_jax.cli.main())
 
 @pytest.mark.parametrize("step", [4, 6])  # a later save finds it out, or the end of the run
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(data_dir, tmp_path, step):
-    config = tiny(data_dir, total_steps=6, save_every=2, train__best_metric="")
+    config = short(data_dir, save_every=2, train__best_metric="")
     config.evals = {}  # nothing that compiles late: the compilation cache's disk is full too
     flags = (
         f"--config={save_recipe(config, tmp_path / 'recipe.py')}",

@@ -8,8 +8,7 @@ import zipfile
 
 import pytest
 
-from tests.recipes import tiny
-from tests.runs import save_recipe
+from tests.runs import save_recipe, short
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vit_jax"
@@ -129,7 +128,7 @@ def test_help_does_not_wait_for_jax():
 
 
 def test_a_training_run_needs_neither_tensorflow_nor_torch(data_dir, tmp_path):
-    config = tiny(data_dir, total_steps=2)
+    config = short(data_dir)
     flags = f"--config={save_recipe(config, tmp_path / 'r.py')}", f"--workdir={tmp_path}/run"
     found = modules_of("import sys, vit_jax.cli\nassert vit_jax.cli.main() == 0", "train", *flags)
     assert "jax" in found

@@ -27,6 +27,7 @@ from tests.runs import (
     save_recipe,
     saved_meta,
     saved_state,
+    short,
     start,
     steps_on_disk,
 )
@@ -259,15 +260,15 @@ def test_an_unreadable_image_is_named_once_a_process(peace):
 
 
 def test_eight_devices_go_on_as_one(data_dir, tmp_path, monkeypatch):
-    config = tiny(data_dir, total_steps=8, eval_every=4, save_every=4)
+    config = short(data_dir, eval_every=3, save_every=3)
     run(config, tmp_path / "whole")
     with pytest.raises(Preempted), monkeypatch.context() as patch:
-        run(config, tmp_path / "parts", StopAfter(3, patch))
-    assert steps_on_disk(tmp_path / "parts") == [3]
+        run(config, tmp_path / "parts", StopAfter(4, patch))
+    assert steps_on_disk(tmp_path / "parts") == [3, 4]
     flags = f"--config={save_recipe(config, tmp_path / 'recipe.py')}", f"--workdir={tmp_path}/parts"
     done = call("train", *flags, XLA_FLAGS="--xla_force_host_platform_device_count=1")
     assert done.returncode == 0, done.stderr
-    assert "on 1 × cpu" in done.stdout and "resuming at step 3 of 8" in done.stdout
+    assert "on 1 × cpu" in done.stdout and "resuming at step 4 of 6" in done.stdout
     eight, one = (deterministic_rows(tmp_path / name) for name in ("whole", "parts"))
     assert eight.keys() == one.keys()
     for key, value in eight.items():
@@ -279,13 +280,12 @@ def test_eight_devices_go_on_as_one(data_dir, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_fifty_kills(recipe, peace, tmp_path):
     """At random moments of a process's life, some inside a save or an evaluation."""
-    rng = random.Random(0)
-    whole, hits = peace.seconds, []
+    rng, hits = random.Random(0), []
     this, rounds = None, 0
     while len(hits) < 50:
         if this is None:
             this, rounds = Run(recipe, tmp_path / f"war{rounds}"), rounds + 1
-        code = this.disturb(signal.SIGKILL, _random_moment(rng, whole))
+        code = this.disturb(signal.SIGKILL, _random_moment(rng))
         hits += this.hits[-1:] if code == -9 else []
         if code == 0:  # it came to its end: another one
             assert_same_run(peace, this)
@@ -297,23 +297,25 @@ def test_fifty_kills(recipe, peace, tmp_path):
         this.finish()
         assert_same_run(peace, this)
         assert json.loads((this.workdir / "run.json").read_text())["seconds"]["lost"] > 0
-    assert min(hits.count(name) for name in ("saving", "evaluating", "at_random")) >= 5
+    assert min(hits.count(name) for name in ("saving", "evaluating", "early", "later")) >= 5
 
 
-def _random_moment(rng: random.Random, whole: float):
-    """A time in the life of a process, or a later save or evaluation of it."""
-    kind = rng.choice([saving, evaluating, None])
-    if kind is None:
-        until = time.time() + rng.uniform(0, whole)
-
-        def at_random(this: Run) -> bool:
-            return time.time() > until
-
-        return at_random
-    skip = rng.randint(0, 3)
+def _random_moment(rng: random.Random):
+    """While a process starts, after some steps of it, or in a later save or evaluation."""
+    kind = rng.choice(["early", "later", "saving", "evaluating"])
+    skip, pause = rng.randint(0, 5), rng.uniform(0, 8 if kind == "early" else 0.5)
+    since = None
 
     def moment(this: Run) -> bool:
-        return kind(this) and last_row(this).get("step", 0) > this.resumed + skip
+        nonlocal since
+        if kind != "early" and last_row(this).get("step", 0) <= this.resumed + skip:
+            return False
+        if kind == "saving":
+            return saving(this)
+        if kind == "evaluating":
+            return evaluating(this)
+        since = since or time.time()
+        return time.time() > since + pause
 
-    moment.__name__ = kind.__name__
+    moment.__name__ = kind
     return moment

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from tests.recipes import tiny
-from tests.runs import call, ending, save_recipe
+from tests.runs import call, ending, save_recipe, short
 from vit_jax.runtime import Preempted, StopSignal, WorkdirLock
 
 OWNER = """
@@ -52,7 +52,7 @@ def test_a_workdir_has_one_owner_until_it_is_killed(tmp_path, owner):
 
 
 def test_a_second_run_on_a_workdir_is_refused_in_one_line(data_dir, tmp_path, owner):
-    recipe = save_recipe(tiny(data_dir, total_steps=2), tmp_path / "recipe.py")
+    recipe = save_recipe(short(data_dir), tmp_path / "recipe.py")
     second = call("train", f"--config={recipe}", f"--workdir={tmp_path}")
     assert second.returncode == 1
     assert re.fullmatch(

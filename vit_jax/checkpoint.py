@@ -4,8 +4,9 @@ On disk a state is a nested dict of arrays whose names do not depend on how it w
 unstacked whether or not they were scanned, and optimiser states are dicts by field name.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +19,10 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 from vit_jax.tree import named_leaves
 
 STACKED = re.compile(r"^(.*\bblocks)/(?!\d+/)(.+)$")  # scanned blocks: no number after the name
+
+
+class MismatchError(ValueError):
+    """A checkpoint that is whole, but of another model."""
 
 
 class _Best:
@@ -98,21 +103,24 @@ class Checkpoints:
 
         Raises:
           ValueError: the checkpoint holds other names or shapes.
+          OSError: it is damaged; the older ones are named.
         """
         wanted = named_leaves(abstract)
         names = traverse_util.unflatten_dict(unstack_abstract(wanted), sep="/")
-        self._check_names(step, names)
-        how = ocp.checkpoint_utils.construct_restore_args(names)
-        state = ocp.args.PyTreeRestore(names, restore_args=how)
-        arguments = {"state": state, "meta": ocp.args.JsonRestore()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+        with self._reading(step):
+            self._check_names(step, names)
+            how = ocp.checkpoint_utils.construct_restore_args(names)
+            state = ocp.args.PyTreeRestore(names, restore_args=how)
+            arguments = {"state": state, "meta": ocp.args.JsonRestore()}
+            restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
         arrays = stack(traverse_util.flatten_dict(restored.state, sep="/"), wanted)
         return jax.tree.unflatten(jax.tree.structure(abstract), arrays.values()), restored.meta
 
     def meta(self, step: int) -> dict[str, Any]:
         """The meta data of `step` alone."""
         arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=arguments).meta
+        with self._reading(step):
+            return self._manager.restore(step, args=arguments).meta
 
     def close(self) -> None:
         """Waits and frees the threads; raises OSError as `save` does."""
@@ -124,21 +132,37 @@ class Checkpoints:
         wanted = {k: tuple(v.shape) for k, v in _flat(wanted).items()}
         for name in sorted(saved.keys() | wanted.keys()):
             if saved.get(name) != wanted.get(name):
-                raise ValueError(
+                raise MismatchError(
                     f"checkpoint {self.folder / str(step)} holds {name} as {saved.get(name)}, the "
                     f"config makes it {wanted.get(name)}; use the config that it was trained with."
                 )
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """What storage, TensorStore or JSON say of damaged files becomes an OSError in one line."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+            if isinstance(error, MismatchError):
+                raise
+            older = [other for other in self._whole_steps() if other < step]
+            raise OSError(
+                f"checkpoint {self.folder / str(step)} is damaged ({_reason(error)}); "
+                + (
+                    f"move it away to go on from {older[-1]}."
+                    if older
+                    else "there is no older one."
+                )
+            ) from error
 
     def _guard(self, action: Callable[[], Any]) -> None:
         """Runs a saving action; a storage error of any kind becomes an OSError in one line."""
         try:
             action()
         except (OSError, ValueError, RuntimeError) as error:
-            # TensorStore names the file at each level, and why at the end.
-            reason = " ".join(str(error).rsplit('": ', 1)[-1].split())[:300] or repr(error)
             steps = self._whole_steps()
             raise OSError(
-                f"saving to {self.folder} failed ({reason}); "
+                f"saving to {self.folder} failed ({_reason(error)}); "
                 + (f"checkpoint {steps[-1]} is whole: " if steps else "no checkpoint yet: ")
                 + "free the disk and start again."
             ) from error
@@ -146,6 +170,11 @@ class Checkpoints:
     def _whole_steps(self) -> list[int]:
         # From the folder itself: after a failed save the manager's own list cannot be trusted.
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+
+
+def _reason(error: Exception) -> str:
+    # TensorStore names the file at each level, and why at the end.
+    return " ".join(str(error).rsplit('": ', 1)[-1].split())[:300] or repr(error)
 
 
 def _state_handler() -> ocp.PyTreeCheckpointHandler:

@@ -1,5 +1,6 @@
 """Config files: finding, validating, comparing and recording them."""
 
+import fnmatch
 import functools
 import inspect
 import json
@@ -20,7 +21,8 @@ TOP_LEVEL = {
 CHANGEABLE = (
     *("log_every", "eval_every", "save_every", "mesh", "train.keep", "train.keep_best"),
     *("train.max_skips", "train.wandb", "data.data_dir", "data.num_workers", "data.num_threads"),
-    *("data.prefetch", "data.strict"),
+    *("data.prefetch", "data.strict", "evals.*.data_dir", "evals.*.batch_size"),
+    *("evals.*.num_workers", "evals.*.strict"),
 )
 
 
@@ -143,7 +145,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _changeable(key: str) -> bool:
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in CHANGEABLE)
+    return any(fnmatch.fnmatch(key, p) or key.startswith(f"{p}.") for p in CHANGEABLE)
 
 
 def save_json(path: epath.Path, values: Mapping[str, Any]) -> None:
@@ -186,16 +188,12 @@ def recipe_path(name: str, folders: Iterable[epath.Path]) -> str:
     )
 
 
-def dataset_size(name: str, *, split: str, data_dir: str) -> int:
-    """Number of examples of a prepared dataset's split: what turns epochs into steps.
+def dataset_splits(name: str, *, data_dir: str) -> dict[str, int]:
+    """Number of examples of each split of a prepared dataset: what turns epochs into steps.
 
     Raises:
       FileNotFoundError: the dataset is missing, with the command that makes it.
-      ValueError: no such split.
     """
     from vit_jax.data.sources import dataset_info  # a config without epochs need not wait for it
 
-    splits = dataset_info(name, data_dir=data_dir).splits
-    if split not in splits:
-        raise ValueError(f"{name} has no split {split!r}, only {', '.join(splits)}.")
-    return splits[split]
+    return dataset_info(name, data_dir=data_dir).splits

@@ -144,8 +144,8 @@ def train_step(parts: Parts, state: TrainState, batch: Batch) -> tuple[TrainStat
     ema = update_ema(state.ema, params, parts.ema_decay) if state.ema else state.ema
 
     norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
-    finite = all_finite((loss, norms, output.aux))
     new = TrainState(state.step, params, non_trainable, opt_state, ema)
+    finite = all_finite((loss, norms, new))
     new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
     metrics = {
         name: total / jnp.maximum(count, 1) for name, (total, count) in output.metrics.items()
@@ -217,6 +217,8 @@ def make_evals(config: ConfigDict) -> dict[str, Any]:
     """The config's evaluations by the names that it gives them."""
     evals = {}
     for key, section in config.evals.items():
+        if key in ("train", "speed") or "/" in key:
+            raise ValueError(f"evals.{key}: metrics of that name are taken; call it otherwise.")
         evaluation, options = config_lib.choose(f"evals.{key}", EVALS, section)
         evals[key] = config_lib.call(f"evals.{key}", evaluation, options)
     return evals
@@ -268,9 +270,12 @@ class Trainer:
         self._check_fit()
         abstract = abstract_state(init, self.mesh)
         self.num_params = num_params(abstract.params)
-        self.record = RunRecord(workdir, config, self.info, clock, num_params=self.num_params)
         keep = {"keep": self.options.keep, "keep_best": self.options.keep_best}
         self.checkpoints = Checkpoints(workdir / "checkpoints", **keep)
+        started = bool(self.checkpoints.steps())  # before, nothing binds a run to its config
+        self.record = RunRecord(
+            workdir, config, self.info, clock, num_params=self.num_params, started=started
+        )
         self._take_up(init, abstract)
 
     def _check_fit(self) -> None:
@@ -355,13 +360,15 @@ class Trainer:
                 self.state, metrics = train_step(self.state, arrays)
                 self.step += 1
                 self.monitor.push(self.step, metrics, batch["error"])
+                scored = False  # whether this state may turn out to be the best
                 try:
                     if self._evaluation_due():
                         self._evaluate()
+                        scored = bool(self.options.best_metric)
                 except Preempted:
                     pass  # saved below; the evaluation is done when the run is started again
                 stopping = bool(self.stop)  # once: a signal after this line waits for the next step
-                if stopping or self._due(self.config.save_every):
+                if stopping or scored or self._due(self.config.save_every):
                     self._save()
                 if stopping:
                     raise Preempted
@@ -399,9 +406,16 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.monitor.flush()
+        print(f"step {self.step} | evaluating …", flush=True)
         with self.clock("evaluation"):
             model = self.parts.model(self.state)
             results = evaluate(self.evals, model, self.mesh, self.stop.check)
+        metric = self.options.best_metric
+        if metric and metric not in results:
+            raise ValueError(
+                f"train.best_metric={metric!r} is not among the metrics of this evaluation: "
+                f"{', '.join(results)}."
+            )
         self.writer.write(self.step, results)
         self._score(self.step, results)
         print(f"step {self.step} | " + summary(results), flush=True)
@@ -453,9 +467,10 @@ def summary(results: Mapping[str, float]) -> str:
     for key in dict.fromkeys(key.split("/")[0] for key in results):
         if f"{key}/top1" in results:
             top1, count = results[f"{key}/top1"], int(results[f"{key}/count"])
+            loss = results[f"{key}/loss"]  # null in the file if it was not finite
             parts.append(
                 f"{key} accuracy {top1:.2%} ({round(top1 * count)} of {count}), "
-                f"loss {results[f'{key}/loss']:.4f}"
+                f"loss {float('nan') if loss is None else loss:.4f}"
             )
     return "; ".join(parts)
 
@@ -482,5 +497,10 @@ def evaluate_checkpoint(
         step = steps[-1] if step is None else step
         info = dataset_info(config.data.name, data_dir=config.data.data_dir)
         parts, init = make_parts(config, info)
-        state, _ = checkpoints.restore(step, abstract_state(init, mesh))
+        state, meta = checkpoints.restore(step, abstract_state(init, mesh))
+        if meta["dataset"]["fingerprint"] != info.fingerprint:
+            raise ValueError(
+                f"dataset {info.name!r} in {config.data.data_dir} is not the one that {workdir} "
+                "was trained on (other fingerprint); prepare that one again, or train anew."
+            )
     return step, evaluate(make_evals(config), parts.model(state), mesh)

@@ -1,7 +1,6 @@
-"""Trees of arrays by name: paths, regex masks, counts."""
+"""Trees of arrays by name: paths, maps, counts."""
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,11 +22,6 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
     """`jax.tree.map` of function(name, leaf)."""
     return jax.tree_util.tree_map_with_path(lambda path, x: function(path_name(path), x), tree)
-
-
-def regex_mask(tree: Any, pattern: str) -> Any:
-    """The same tree with a bool for each leaf: whether `pattern` is found in its name."""
-    return map_named(lambda name, _: re.search(pattern, name) is not None, tree)
 
 
 def num_params(tree: Any) -> int:

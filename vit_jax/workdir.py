@@ -33,6 +33,7 @@ class RunRecord:
       info: the training data.
       clock: this process's.
       num_params: recorded.
+      started: whether there is a checkpoint, whose config and dataset must then be these.
 
     Raises:
       ValueError: the workdir holds a run with another config or dataset; the differences are
@@ -47,10 +48,12 @@ class RunRecord:
         clock: Stopwatch,
         *,
         num_params: int,
+        started: bool,
     ):
         self.path, self.clock = workdir / "run.json", clock
         old = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self._check_same_run(workdir, config, info, old)
+        if started:
+            self._check_same_run(workdir, config, info, old)
         self.values = old | {
             "versions": versions(),
             "devices": {

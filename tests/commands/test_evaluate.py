@@ -3,8 +3,7 @@ import json
 import pytest
 from etils import epath
 
-from tests.recipes import tiny
-from tests.runs import call, deterministic_rows, run, steps_on_disk
+from tests.runs import call, deterministic_rows, run, short, steps_on_disk
 from vit_jax.commands import evaluate
 from vit_jax.train import evaluate_checkpoint
 
@@ -12,7 +11,7 @@ from vit_jax.train import evaluate_checkpoint
 @pytest.fixture(scope="module")
 def trained(data_dir, tmp_path_factory):
     """(config, workdir, the test metrics that were logged by step)."""
-    config = tiny(data_dir, total_steps=6, save_every=3, eval_every=3, train__ema_decay=0.5)
+    config = short(data_dir, save_every=3, eval_every=3)
     config.evals.more = dict(config.evals.test, split="test[:50%]")  # each under its own name
     workdir = tmp_path_factory.mktemp("evaluate") / "run"
     run(config, workdir)

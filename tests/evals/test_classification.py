@@ -33,7 +33,7 @@ def model(num_classes=10):
         pool = make_pool("gap", vit, rngs=rngs)
         return Model(vit, pool, Head(vit.dim, num_classes, rngs=rngs), Preprocess())
 
-    return reference.randomised(reference.initialised(make))
+    return reference.made(make)
 
 
 def evaluate(data_dir, dataset="digits", devices=8, num_classes=10, batch_size=120, **options):

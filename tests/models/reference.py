@@ -7,7 +7,7 @@ import jax.extend.core
 import numpy as np
 from flax import nnx
 
-from vit_jax.tree import named_leaves
+from vit_jax.tree import map_named, named_leaves
 
 
 def initialised(make):
@@ -16,15 +16,19 @@ def initialised(make):
     return nnx.merge(graphdef, jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))())
 
 
-def randomised(module, seed=0, scale=0.3):
-    """The module with every parameter moved, also those that start at zero or one."""
-    graphdef, params = nnx.split(module)
+def made(make, seed=0):
+    """What make() describes with weights drawn by NumPy, none zero or one; compiles nothing."""
+    graphdef, params = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(
-        lambda x: (np.asarray(x) + scale * rng.standard_normal(x.shape)).astype(np.float32),
-        nnx.to_pure_dict(params),
-    )
-    return nnx.merge(graphdef, params)
+
+    def draw(name, leaf):
+        noise = rng.standard_normal(leaf.shape)
+        if name.endswith("kernel"):
+            inputs = leaf.shape[-2] if len(leaf.shape) < 4 else math.prod(leaf.shape[:-1])
+            return (noise / inputs**0.5).astype(np.float32)
+        return (name.endswith(("scale", "gamma")) + 0.3 * noise).astype(np.float32)
+
+    return nnx.merge(graphdef, map_named(draw, nnx.to_pure_dict(params)))
 
 
 class Weights(dict):

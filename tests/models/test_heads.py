@@ -23,7 +23,7 @@ def pool(name, cls_token):
     def make():
         return make_pool(name, backbone(cls_token), rngs=nnx.Rngs(0))
 
-    return reference.randomised(reference.initialised(make))
+    return reference.made(make)
 
 
 def tokens(count=5):
@@ -84,6 +84,6 @@ def test_head(hidden_dim):
 
     head, x = reference.initialised(make), tokens()[:, 0]
     np.testing.assert_allclose(apply(head, x), -math.log(4) * np.ones((3, 4)), rtol=1e-6)
-    head = reference.randomised(head)
+    head = reference.made(make)
     np.testing.assert_allclose(apply(head, x), reference.logits(head, x), rtol=1e-4, atol=1e-5)
     assert apply(head, jnp.asarray(x, jnp.bfloat16)).dtype == np.float32

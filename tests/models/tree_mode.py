@@ -23,7 +23,7 @@ class Both(nnx.Module):
 
 def loss_and_norm(*, scan):
     """The loss and the squared norm of its gradients."""
-    both = reference.randomised(reference.initialised(lambda: Both(scan)))
+    both = reference.made(lambda: Both(scan))
     graphdef, params = nnx.split(both)
     images = np.random.default_rng(1).integers(0, 256, (4, 6, 8, 3), np.uint8)
     batch = {"image": images, "label": np.arange(4), "mask": np.ones(4, bool)}

@@ -31,7 +31,7 @@ class Both(nnx.Module):
 
 @functools.cache
 def both(**options):
-    return reference.randomised(reference.initialised(lambda: Both(**options)))
+    return reference.made(lambda: Both(**options))
 
 
 def batch(size=8):

@@ -27,10 +27,16 @@ def load_config(text: str) -> ConfigDict:
     """
     name, _, arg = text.partition(":")
     path = recipe_path(name, RECIPE_FOLDERS)
-    get_config = runpy.run_path(str(pathlib.Path(path))).get("get_config")
+    try:
+        get_config = runpy.run_path(str(pathlib.Path(path))).get("get_config")
+    except SyntaxError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg}.") from error
     if get_config is None:
         raise ValueError(f"{path} defines no get_config(arg='').")
-    return get_config(arg)
+    config = get_config(arg)
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config of {path} gives a {type(config).__name__}, not a ConfigDict.")
+    return config
 
 
 def parse_with_config(

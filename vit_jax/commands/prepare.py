@@ -174,10 +174,12 @@ def _print_summary(prepared: Prepared) -> None:
         print(f"note: {note}")
     print(f"written to {prepared.path}")
     if "train" in prepared.class_counts:
-        config = "digits.py" if name == "digits" else f"image_folder.py:name={name}"
-        where = "" if data_dir == "data" else f" --config.data.data_dir={data_dir}"
+        arguments = [] if name == "digits" else [f"name={name}"]
+        arguments += [] if data_dir == "data" else [f"data_dir={data_dir}"]
+        recipe = "digits" if name == "digits" else "image_folder"
+        config = ":".join([recipe, *([",".join(arguments)] if arguments else [])])
         workdir = name.replace("/", "_").replace(":", "_")
-        print(f"next: vit-jax train --config=configs/{config} --workdir=runs/{workdir}{where}")
+        print(f"next: vit-jax train --config={config} --workdir=runs/{workdir}")
 
 
 def _print_rejected(rejected: list[tuple[str, str]], file: TextIO | None = None) -> None:
