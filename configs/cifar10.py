@@ -53,16 +53,11 @@ def get_config(arg: str = "") -> ConfigDict:
         "num_heads": num_heads,
         "mlp_dim": mlp_dim,
         "pos_embed": "learned",
-        "dtype": "float32",
-        "dropout": 0.0,
-        "scan": False,
-        "remat": "none",
         "drop_path": 0.0 if arg.small else 0.1,
     }
     config.objective = {
         "name": "supervised",
         "label_smoothing": 0.0 if arg.small else 0.1,
-        "pool": "gap",
     }
     config.preprocess = {"normalize": "dataset", "mixup": 0.0 if arg.small else 0.2}
     config.augment = {"name": "pad_crop_flip", "size": size, "padding": padding, "flip": True}

@@ -33,7 +33,6 @@ def get_config(arg: str = "") -> ConfigDict:
         "drop_path": 0.1,
         "scan": False,
         "remat": "none",
-        "dtype": "float32",
     }
     config.objective = {"name": "supervised", "label_smoothing": 0.1}
     config.preprocess = {"normalize": "dataset", "mixup": 0.5}

@@ -53,12 +53,11 @@ def get_config(arg: str = "") -> ConfigDict:
         "dtype": "float32",
         "scan": False,
         "remat": "none",
-        "dropout": 0.0,
         "drop_path": 0.0,
     }
     if arg.debug:
         config.model.update({"dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64})
-    config.objective = {"name": "supervised", "loss": "softmax", "pool": "gap"}
+    config.objective = {"name": "supervised", "pool": "gap"}
     config.preprocess = {"normalize": "half", "mixup": 0.2}
     config.augment = {"name": "inception_crop_flip", "size": size, "min_scale": 0.08}
     config.data = {
@@ -74,7 +73,6 @@ def get_config(arg: str = "") -> ConfigDict:
         "learning_rate": 1e-3 * arg.batch_size / 1024,
         "warmup_steps": min(10_000, steps // 10),
         "weight_decay": 0.1,
-        "b2": 0.999,
         "clip_norm": 1.0,
     }
     config.mesh = {"data": -1}

@@ -181,10 +181,12 @@ def assert_same_bits(one, two) -> None:
 def damage(name: str, *, data_dir: str, bad: dict[str, dict[int, bytes]]) -> None:
     """Makes dataset `name` of the digits, with the image of some examples replaced, by split.
 
-    `vit-jax prepare` would not let such images in: here the disk went bad later.
+    `vit-jax prepare` would not let such images in: here the disk went bad later. What another test
+    process made already stays.
     """
     info = sources.dataset_info("digits", data_dir=data_dir)
-    with writer.new_dataset(name, data_dir=data_dir) as dataset:
+    made = contextlib.suppress(FileExistsError)
+    with made, writer.new_dataset(name, data_dir=data_dir) as dataset:
         writers = []
         for split in info.splits:
             out = writer.SplitWriter(dataset.folder, name=name, split=split)

@@ -36,13 +36,8 @@ def shrunken(data_dir, folder_data):
     """Loads a recipe's debug form, or the full one, on data that is there."""
 
     def shrunken(path: pathlib.Path, arg: str = "debug"):
-        if "data_dir=" in path.read_text():
-            return load_config(f"{path}:{arg},data_dir={folder_data}")
-        config = load_config(f"{path}:{arg}")
-        config.data.data_dir = data_dir
-        for evaluation in config.evals.values():
-            evaluation.data_dir = data_dir
-        return config
+        where = data_dir if path.stem == "digits" else folder_data
+        return load_config(f"{path}:{arg},data_dir={where}")
 
     return shrunken
 

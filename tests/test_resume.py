@@ -33,6 +33,8 @@ from tests.runs import (
 )
 from vit_jax.runtime import EXIT_PREEMPTED, Preempted
 
+pytestmark = pytest.mark.xdist_group("resume")  # the runs are made once, by one test process
+
 TOTAL, EVAL_EVERY, SAVE_EVERY = 30, 3, 2
 
 
@@ -131,15 +133,16 @@ def recipe(data_dir, tmp_path_factory):
     """Three epochs with all that is random, with unreadable images, evaluating and saving often."""
     truncated = encode(noise(64, 64), "PNG")[:200]
     bad = {"train": {5: b"", 40: truncated, 90: b"no image"}, "test": {7: truncated}}
-    damage("digits_damaged", data_dir=data_dir, bad=bad)
+    name = f"digits_damaged_{os.getpid()}"  # each test process makes its own
+    damage(name, data_dir=data_dir, bad=bad)
     config = tiny(
         data_dir,
         total_steps=TOTAL,
         eval_every=EVAL_EVERY,
         save_every=SAVE_EVERY,
-        data__name="digits_damaged",
+        data__name=name,
         data__split="train[:10%]",  # 144 images: nine batches an epoch
-        evals__test__dataset="digits_damaged",
+        evals__test__dataset=name,
         evals__test__batch_size=24,
     )
     config.train.update({"keep": 1, "keep_best": 1, "ema_decay": 0.9})

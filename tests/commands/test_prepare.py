@@ -22,7 +22,8 @@ def test_digits(run, tmp_path):
     assert "test: 360 examples" in printed
     assert "classes: 10 (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)" in printed
     assert f"written to {tmp_path}/data/digits/1.0.0" in printed
-    assert "next: vit-jax train --config=configs/digits.py --workdir=runs/digits" in printed
+    where = f"data_dir={tmp_path}/data"
+    assert f"next: vit-jax train --config=digits:{where} --workdir=runs/digits\n" in printed
 
 
 def test_the_summary_of_a_folder_tells_everything(run, tmp_path):
@@ -45,8 +46,8 @@ def test_the_summary_of_a_folder_tells_everything(run, tmp_path):
     assert "ignored: 1 other files (cat/notes.txt)" in printed
     assert "note: test is a hold-out of 0.1 of the images (seed 0)" in printed
     assert (
-        "next: vit-jax train --config=configs/image_folder.py:name=mine --workdir=runs/mine "
-        f"--config.data.data_dir={tmp_path}/data\n" in printed
+        f"next: vit-jax train --config=image_folder:name=mine,data_dir={tmp_path}/data "
+        "--workdir=runs/mine\n" in printed
     )
 
 

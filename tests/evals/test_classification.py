@@ -3,6 +3,7 @@ import functools
 import io
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -150,6 +151,24 @@ def test_fewer_than_five_classes(tmp_path):
     assert results["count"] == 12 and results["top5"] == 1
     assert results["top1"] == pytest.approx(right["top1"], abs=1e-12)
     assert results["loss"] == pytest.approx(right["loss"], rel=1e-6)
+
+
+class AlwaysZero(nnx.Module):
+    """Says of every image, and of padding too, that it is a zero; then a one, a two, …"""
+
+    def __call__(self, images):
+        return jnp.tile(-jnp.arange(10.0), (len(images), 1))
+
+
+def test_padding_is_neither_right_nor_wrong(data_dir):
+    recipe = {"name": "none", "size": (8, 8)}
+    options = {"dataset": "digits", "data_dir": data_dir, "augment": recipe, "batch_size": 400}
+    results = Classification(**options).run(AlwaysZero(), put=lambda batch: batch)
+    labels = np.array([record["label"] for record in read(data_dir)])
+    assert results["top1"] == pytest.approx((labels == 0).mean())
+    assert results["top5"] == pytest.approx((labels < 5).mean())
+    log_sum = np.log(np.exp(-np.arange(10.0)).sum())
+    assert results["loss"] == pytest.approx((labels + log_sum).mean(), rel=1e-6)
 
 
 @pytest.mark.parametrize("change", [lambda mask: mask & False, lambda mask: mask | True])

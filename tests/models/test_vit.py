@@ -454,6 +454,8 @@ def test_tree_mode_gives_the_numbers_of_graph_mode():
             for size in ((6,), (6, 8, 3), ("big",), (6.0, 8.0))  # as a flag may make them
         ),
         ({"num_heads": 3}, "dim=16 must be a multiple of num_heads=3"),
+        ({"dropout": 1.0}, r"dropout=1.0 must be in \[0, 1\)"),
+        ({"drop_path": -0.1}, r"drop_path=-0.1 must be in \[0, 1\)"),
         ({"remat": "all"}, "remat='all' is unknown; choose one of 'none', 'dots', 'full'"),
         ({"pos_embed": "sincos"}, "pos_embed='sincos' is unknown.*'learned', 'sincos2d'"),
     ],
