@@ -135,7 +135,7 @@ def main():
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {args.flags}".strip()
     step, flops = jax_step(args)
     best, median = best_rate(step, args.batch_size, args.steps)
-    row = {"variant": args.variant, "images_per_second": best, "median": median}
+    row = {"variant": args.variant, "images_per_second": median, "best": best}
     row |= {"bound": matmul_rate(flops), "flags": args.flags}
     row["of_bound"] = best / row["bound"]
     if args.vs_torch:
