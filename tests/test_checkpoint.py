@@ -259,12 +259,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(data_dir, tmp_path, st
     failed = subprocess.run(
         [sys.executable, "-c", code, "train", *flags], capture_output=True, text=True, timeout=240
     )
-    assert len(failed.stderr.splitlines()) == 1, failed.stderr
+    # TensorStore's threads may add words of their own while the process ends.
+    (line,) = [line for line in failed.stderr.splitlines() if line.startswith("vit-jax:")]
     assert failed.returncode == 1
     assert re.fullmatch(
         rf"vit-jax: saving to \S+ failed \(.+\); checkpoint {step - 2} is whole: "
-        r"free the disk and start again\.\n",
-        failed.stderr,
+        r"free the disk and start again\.",
+        line,
     )
     assert steps_on_disk(tmp_path / "run")[-1] == step - 2
     if step == 6:
