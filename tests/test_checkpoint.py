@@ -24,7 +24,7 @@ from tests.runs import (
     steps_on_disk,
 )
 from vit_jax import train as train_lib
-from vit_jax.checkpoint import Checkpoints, stack, unstack, unstack_abstract
+from vit_jax.checkpoint import Checkpoints, checksums, stack, unstack, unstack_abstract
 from vit_jax.data.sources import dataset_info
 from vit_jax.sharding import make_mesh
 from vit_jax.tree import named_leaves
@@ -273,6 +273,83 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(data_dir, tmp_path, st
     run(config, tmp_path / "run")  # there is room again
     assert f"step {step - 1}/6" in capsys.readouterr().out.splitlines()[2]
     assert [row["step"] for row in rows(tmp_path / "run") if "train/loss" in row] == [*range(1, 7)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    dtype=st.sampled_from(["float32", "bfloat16", "int32", "uint8"]),
+    bit=st.integers(0, 7),
+    place=st.integers(0, 6 * 5 - 1),
+)
+def test_a_checksum_sees_every_bit_and_every_exchange(dtype, bit, place):
+    x = np.asarray(jnp.arange(1, 31, dtype=dtype).reshape(6, 5))
+    flipped = np.frombuffer(x.tobytes(), np.uint8).copy()
+    flipped[place * x.itemsize + bit % x.itemsize] ^= 1 << bit
+    flipped = np.frombuffer(flipped.tobytes(), x.dtype).reshape(x.shape)
+    exchanged = x[[*range(1, 6), 0]]
+    values = checksums(
+        {"x": jnp.asarray(x), "f": jnp.asarray(flipped), "e": jnp.asarray(exchanged)}
+    )
+    assert len(set(values.values())) == 3
+
+
+def test_a_checksum_is_the_same_on_any_mesh():
+    x = jnp.arange(64.0).reshape(8, 8)
+    mesh = make_mesh()
+    spread = jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, "data")))
+    assert checksums({"x": x}) == checksums({"x": spread})
+
+
+def flip_byte(path, place):
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] ^= 0x10
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_flipped_byte_in_the_data_is_noticed(tmp_path, place):
+    state = {"w": jax.random.normal(jax.random.key(0), (64, 64)), "b": jnp.zeros(8)}
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    with opened(tmp_path) as checkpoints:
+        for step in (3, 4):
+            checkpoints.save(step, state, {"step": step})
+        checkpoints.wait()
+    files = (tmp_path / "checkpoints" / "4" / "state").rglob("d/*")
+    largest = max(files, key=lambda path: path.stat().st_size)
+    flip_byte(largest, int(place * largest.stat().st_size))
+    with opened(tmp_path) as checkpoints:
+        with pytest.raises(
+            OSError, match=r"4 is damaged \(.*\); move it away to go on from 3"
+        ) as e:
+            checkpoints.restore(4, abstract)
+        assert "\n" not in str(e.value)
+        assert_same_bits(checkpoints.restore(3, abstract)[0], state)
+
+
+def test_other_numbers_than_were_saved_are_noticed(tmp_path, monkeypatch):
+    state = {"w": jnp.ones((4, 4))}
+    with opened(tmp_path) as checkpoints:
+        with monkeypatch.context() as patched:
+            patched.setattr("vit_jax.checkpoint.checksums", lambda leaves: {"w": 1})
+            checkpoints.save(1, state, {})
+        checkpoints.wait()
+        with pytest.raises(OSError, match="damaged .w is not what was saved.; there is no older"):
+            place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            checkpoints.restore(1, {"w": jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=place)})
+
+
+def test_a_lost_file_is_told_in_one_line(data_dir, tmp_path):
+    config = short(data_dir, save_every=3)
+    run(config, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / "6" / "state").rglob("manifest.ocdbt"):
+        path.unlink()
+    with pytest.raises(
+        OSError, match=r"6 is damaged \(.*\); move it away to go on from 3"
+    ) as error:
+        run(config, tmp_path / "run")
+    assert "\n" not in str(error.value)
 
 
 def test_a_leaf_keeps_its_name_and_type(tmp_path):

@@ -91,6 +91,7 @@ def train(data_dir, tmp_path):
         (["--config.train.best_metric=val/top1"], "best_metric='val/top1' .* evals: test"),
         (["--config.total_steps=0"], "total_steps=0 must be at least 1"),
         (["--config.objective.label_smoothing=1.5"], r"label_smoothing=1.5 must be in \[0, 1\)"),
+        (["--config.model.drop_path=1.0"], r"drop_path=1.0 must be in \[0, 1\)"),
     ],
 )
 def test_a_run_that_cannot_be_started(fails, train, flags, words, monkeypatch):
@@ -114,6 +115,7 @@ def test_a_run_that_cannot_be_started(fails, train, flags, words, monkeypatch):
         ),
         (["evaluate"], "--workdir is missing"),
         (["evaluate", "--workdir=nowhere"], "no checkpoint in nowhere"),
+        (["evaluate", "--workdir=nowhere", "twice"], "argument 'twice' is unknown"),
         (["prepare"], "one of digits, folder, tfds, convert"),
         (["prepare", "folder", "nowhere", "--name=mine"], "nowhere does not exist"),
     ],
@@ -122,6 +124,43 @@ def test_a_command_that_is_not_understood(fails, tmp_path, monkeypatch, argv, wo
     monkeypatch.chdir(tmp_path)
     assert re.search(words, fails(*argv))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_that_is_no_recipe(fails, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    for text, words in {
+        "def get_config(arg='')\n": r"recipe.py, line 1: expected ':'",
+        "def get_config(arg=''):\n    return {}\n": "gives a dict, not a ConfigDict",
+        "x = 1\n": "defines no get_config",
+    }.items():
+        recipe.write_text(text)
+        assert re.search(words, fails("train", f"--config={recipe}", "--workdir=x"))
+
+
+def test_a_file_where_the_workdir_should_be(fails, train, tmp_path):
+    (tmp_path / "run").write_text("precious")
+    assert "must be a folder; a file is in the way" in fails(*train())
+    assert "must be a folder" in fails(*train(workdir=tmp_path / "run" / "below"))
+    assert (tmp_path / "run").read_text() == "precious"
+
+
+def test_a_model_that_does_not_fit_into_memory(fails, train):
+    line = fails(*train("--config.model.mlp_dim=1000000000000"))
+    assert re.search("out of memory: .* Lower batch_size, or set model.remat", line)
+
+
+@pytest.mark.parametrize("name", ["train", "speed", "a/b"])
+def test_an_evaluation_called_like_other_metrics(fails, data_dir, tmp_path, name):
+    config = tiny(data_dir)
+    config.evals[name] = config.evals.test
+    recipe = save_recipe(config, tmp_path / "recipe.py")
+    line = fails("train", f"--config={recipe}", f"--workdir={tmp_path}/run")
+    assert f"evals.{name}: metrics of that name are taken" in line
+
+
+def test_the_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"vit-jax \d+\.\d+.*\n", capsys.readouterr().out)
 
 
 def test_folders_without_classes_or_images(fails, tmp_path):
@@ -148,7 +187,7 @@ def test_another_config_or_dataset_on_a_workdir(fails, trained, tmp_path, data_d
     text = record.read_text()
     try:
         record.write_text(text.replace(json.loads(text)["dataset"]["fingerprint"], "0" * 64))
-        assert re.search("dataset fingerprint: 0{12} -> [0-9a-f]{12}", fails("train", *where))
+        assert re.search("fingerprint of data: 0{12} -> [0-9a-f]{12}", fails("train", *where))
     finally:
         record.write_text(text)
 

@@ -102,6 +102,10 @@ def test_mixup_needs_pairs():
     [
         ({"normalize": "imagenet"}, "normalize='imagenet' is unknown; choose 'half' or 'dataset'"),
         ({"normalize": "dataset"}, "needs a dataset with statistics; use 'half'"),
+        (
+            {"normalize": "dataset", "mean": (0.5, 0.0, 0.5), "std": (0.2, 0.0, 0.2)},
+            r"divides by the deviations \(0.2, 0.0, 0.2\); use 'half'",
+        ),
         ({"mixup": -0.1}, "mixup=-0.1 must not be negative"),
     ],
 )

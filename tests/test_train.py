@@ -8,9 +8,9 @@ import pytest
 from etils import epath
 
 from tests.recipes import tiny
-from tests.runs import assert_same_bits, deterministic_rows, run
-from vit_jax import metrics as metrics_lib
+from tests.runs import StopAfter, assert_same_bits, deterministic_rows, run, short
 from vit_jax import train as train_lib
+from vit_jax import workdir as workdir_lib
 from vit_jax.data.loader import HOST_ONLY, make_loader
 from vit_jax.data.sources import dataset_info
 from vit_jax.metrics import Stopwatch
@@ -81,42 +81,52 @@ def test_four_steps_are_two_a_restart_and_two_bit_for_bit(data_dir, tmp_path):
     assert deterministic_rows(tmp_path / "whole") == deterministic_rows(workdir)
 
 
+class Watched:
+    """Stands for an array of step `step`; whoever wants its value is noted in `events`."""
+
+    def __init__(self, array, step, events):
+        self._array, self._step, self._events = array, step, events
+
+    def __array__(self, *args, **kwargs):
+        self._events.append(("read", self._step))
+        return np.asarray(self._array)
+
+    def __getattr__(self, name):  # a copy to the host, a wait until it is ready, an item, …
+        self._events.append(("read", self._step))
+        return getattr(self._array, name)
+
+    def __float__(self):
+        return float(self.__array__())
+
+    __bool__ = __int__ = __index__ = __float__
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
 def test_metrics_of_a_step_are_fetched_after_the_next_is_dispatched(
-    data_dir, tmp_path, monkeypatch
+    data_dir, tmp_path, monkeypatch, log_every
 ):
     events = []
-    compile_step, fetch = train_lib.Trainer._compile, metrics_lib.fetch
+    compile_step = train_lib.Trainer._compile
 
-    def spy_compile(self, batch):
-        step = compile_step(self, batch)
+    def watched_compile(trainer, batch):
+        step = compile_step(trainer, batch)
 
         def dispatch(state, arrays):
-            events.append("dispatch")
-            return step(state, arrays)
+            number = trainer.step + 1
+            events.append(("dispatch", number))
+            state, metrics = step(state, arrays)
+            return state, {k: Watched(v, number, events) for k, v in metrics.items()}
 
         return dispatch
 
-    def spy_fetch(tree):
-        events.append("fetch")
-        return fetch(tree)
-
-    monkeypatch.setattr(train_lib.Trainer, "_compile", spy_compile)
-    monkeypatch.setattr(metrics_lib, "fetch", spy_fetch)
-    run(tiny(data_dir, total_steps=6, eval_every=0, save_every=0, log_every=3), tmp_path / "run")
-    dispatched = fetched_steps = 0
-    for event in events[: len(events) - events[::-1].index("dispatch")]:  # the steady state
-        if event == "dispatch":
-            dispatched += 1
-            fetched_steps = dispatched - 1  # what may be read from here on
-        else:
-            assert fetched_steps >= 1  # nothing is read before a later step is under way
-    assert dispatched == 6
-    # Exactly: step n-1 is read after the dispatch of n, and only once it is (3 is logged too).
-    assert events == ["dispatch", *["dispatch", "fetch"] * 2, "dispatch", "fetch", "fetch"] + [
-        *["dispatch", "fetch"] * 2,
-        "fetch",
-        "fetch",
-    ]
+    monkeypatch.setattr(train_lib.Trainer, "_compile", watched_compile)
+    leaves = {"total_steps": 6, "eval_every": 0, "save_every": 0, "log_every": log_every}
+    run(tiny(data_dir, **leaves), tmp_path / "run")
+    events = list(dict.fromkeys(events))  # the first touch of each step
+    steady = [("dispatch", 1), ("dispatch", 2)]
+    for step in range(3, 7):
+        steady += [("read", step - 2), ("dispatch", step)]
+    assert events == [*steady, ("read", 5), ("read", 6)]
 
 
 def test_the_state_is_donated(data_dir):
@@ -142,6 +152,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_step_and_the_last_good_
     config.optimizer.update({"learning_rate": 1e30, "warmup_steps": 0, "clip_norm": 0.0})
     with pytest.raises(FloatingPointError, match=r"step \d+ is not finite .* last good"):
         run(config, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["seconds"]["compile"] > 0  # also a run that fails accounts for its time
+    assert sum(record["seconds"].values()) == pytest.approx(record["wall_seconds"], abs=0.1)
     folder = tmp_path / "run" / "checkpoints"
     for step in folder.glob("[0-9]*"):
         info = dataset_info("digits", data_dir=data_dir)
@@ -171,11 +184,16 @@ def test_skipped_updates_change_nothing_but_the_step(data_dir):
     assert metrics["finite"]
     moved = named_leaves(healthy.opt_state)
     assert any((np.asarray(x) != 0).any() for x in moved.values())
+    assert metrics["learning_rate"] == 0  # the first step of the warmup
+    # A skipped update does not turn the schedule, which counts the updates that were made.
+    skipped, _ = step(healthy._replace(params=sick.params), batch)
+    assert int(skipped.step) == 2
+    _, metrics = step(skipped._replace(params=state.params), batch)
+    assert metrics["learning_rate"] == pytest.approx(float(parts.schedule(1)))
 
 
 def test_as_many_skips_as_asked_for_are_survived(data_dir, tmp_path, monkeypatch):
     config = tiny(data_dir, total_steps=8, save_every=0, eval_every=0, train__max_skips=2)
-    original = train_lib.make_augmentation(**config.augment)
     poisoned_step = train_lib.train_step
 
     def poisoned(parts, state, batch):
@@ -184,7 +202,6 @@ def test_as_many_skips_as_asked_for_are_survived(data_dir, tmp_path, monkeypatch
         keep = jax.tree.map(lambda a, b: jax.numpy.where(bad, a, b), state, new)
         return keep._replace(step=new.step), metrics | {"finite": metrics["finite"] & ~bad}
 
-    del original
     monkeypatch.setattr(train_lib, "train_step", poisoned)
     trainer, _ = run(config, tmp_path / "two")
     assert trainer.monitor.skipped == 2
@@ -271,7 +288,7 @@ def test_another_dataset_under_the_same_name_is_refused(data_dir, tmp_path, monk
         dataset_info(*a, **k), fingerprint="0" * 64
     )
     monkeypatch.setattr(train_lib, "dataset_info", changed)
-    with pytest.raises(ValueError, match="dataset fingerprint: .* -> 000000000000"):
+    with pytest.raises(ValueError, match="fingerprint of data: .* -> 000000000000"):
         run(config, tmp_path / "run")
 
 
@@ -283,3 +300,55 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(data_dir, tmp_path, monke
     run(tiny(data_dir, **leaves), tmp_path / "run")
     kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
     assert kept == [2, 6]
+
+
+def test_the_best_is_kept_where_evaluating_and_saving_do_not_meet(data_dir, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.9, 0.3])
+    real = train_lib.evaluate
+    monkeypatch.setattr(train_lib, "evaluate", lambda *a: real(*a) | {"test/top1": next(scores)})
+    leaves = {"total_steps": 6, "eval_every": 2, "save_every": 5, "train__keep": 1}
+    run(tiny(data_dir, **leaves), tmp_path / "run")
+    kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+    assert kept == [4, 6]
+
+
+def test_a_workdir_is_not_bound_before_there_is_a_checkpoint(data_dir, tmp_path, monkeypatch):
+    stop = StopSignal()
+    stop.received = 15
+    with pytest.raises(Preempted):  # before the first step
+        run(short(data_dir, data__split="train[:50%]"), tmp_path / "run", stop)
+    run(short(data_dir), tmp_path / "run")
+
+
+def test_evaluation_data_of_other_classes_are_refused(data_dir, tmp_path, monkeypatch):
+    def other(name, **where):
+        info = dataset_info(name, **where)
+        return train_lib.dataclasses.replace(info, class_names=info.class_names[::-1])
+
+    monkeypatch.setattr("vit_jax.evals.classification.dataset_info", other)
+    with pytest.raises(ValueError, match="evals.test.dataset='digits' has other classes than"):
+        run(tiny(data_dir), tmp_path / "run")
+
+
+def test_other_evaluation_data_are_noticed_on_resuming(data_dir, tmp_path, monkeypatch):
+    config = tiny(data_dir, total_steps=2)
+    run(config, tmp_path / "run")
+
+    def other(name, **where):
+        return train_lib.dataclasses.replace(dataset_info(name, **where), fingerprint="0" * 64)
+
+    monkeypatch.setattr("vit_jax.evals.classification.dataset_info", other)
+    with pytest.raises(ValueError, match="fingerprint of evals.test: .* -> 000000000000"):
+        run(config, tmp_path / "run")
+    with pytest.raises(ValueError, match="dataset of evals.test is not the one of the run"):
+        train_lib.evaluate_checkpoint(config, epath.Path(tmp_path / "run"))
+
+
+def test_resuming_under_other_versions_is_said(data_dir, tmp_path, monkeypatch):
+    config = short(data_dir, save_every=3)
+    with pytest.raises(Preempted):
+        run(config, tmp_path / "run", StopAfter(2, monkeypatch))
+    now = workdir_lib.versions()
+    monkeypatch.setattr(workdir_lib, "versions", lambda: now | {"jax": "99.0"})
+    trainer, _ = run(config, tmp_path / "run")
+    assert trainer.record.changes == [f"jax {now['jax']} -> 99.0"]

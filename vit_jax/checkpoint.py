@@ -1,10 +1,13 @@
 """Checkpoints: the only file that knows Orbax.
 
 On disk a state is a nested dict of arrays whose names do not depend on how it was run: blocks are
-unstacked whether or not they were scanned, and optimiser states are dicts by field name.
+unstacked whether or not they were scanned, and optimiser states are dicts by field name. The meta
+data hold a checksum of every array, taken where the array was computed: what a disk or a network
+changes on the way is noticed when it is restored.
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -87,7 +90,9 @@ class Checkpoints:
         Raises:
           OSError: this or the previous save could not be written; older checkpoints are whole.
         """
-        tree = traverse_util.unflatten_dict(unstack(named_leaves(state)), sep="/")
+        leaves = unstack(named_leaves(state))
+        tree = traverse_util.unflatten_dict(leaves, sep="/")
+        meta = meta | {"checksums": checksums(leaves)}
         arguments = {"state": ocp.args.PyTreeSave(tree), "meta": ocp.args.JsonSave(meta)}
         self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**arguments)))
 
@@ -113,7 +118,11 @@ class Checkpoints:
             state = ocp.args.PyTreeRestore(names, restore_args=how)
             arguments = {"state": state, "meta": ocp.args.JsonRestore()}
             restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
-        arrays = stack(traverse_util.flatten_dict(restored.state, sep="/"), wanted)
+            leaves, expected = _flat(restored.state), restored.meta["checksums"]
+            for name, value in checksums(leaves).items():
+                if value != expected[name]:
+                    raise OSError(f"{name} is not what was saved")
+        arrays = stack(leaves, wanted)
         return jax.tree.unflatten(jax.tree.structure(abstract), arrays.values()), restored.meta
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -183,6 +192,23 @@ def _state_handler() -> ocp.PyTreeCheckpointHandler:
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=16 << 20)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def checksums(leaves: dict[str, jax.Array]) -> dict[str, int]:
+    """A number for each array, whatever its sharding: any one changed bit changes it."""
+    return {k: int(v) for k, v in jax.device_get(jax.tree.map(_checksum, leaves)).items()}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    # Words times odd numbers, summed modulo 2³²: exact in any order, so the same on any mesh.
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    index = jnp.uint32(0)
+    for axis in range(x.ndim):  # no reshape, which would gather a sharded array
+        stride = jnp.uint32(math.prod(x.shape[axis + 1 :]) % 2**32)
+        index += stride * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return (words * (2 * index + 1)).sum(dtype=jnp.uint32)
 
 
 def unstack(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -1,5 +1,6 @@
 """The command `vit-jax`: a table of commands, and what becomes of their errors."""
 
+import importlib.metadata
 import logging
 import sys
 import warnings
@@ -42,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if argv else 1
+    if argv[0] == "--version":
+        print(f"vit-jax {importlib.metadata.version('vit-jax')}")
+        return 0
     if not traceback:
         _quieten()
     try:
@@ -54,8 +58,17 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         if traceback:
             raise
-        print(f"vit-jax: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return _fail(str(error))
+    except RuntimeError as error:
+        if traceback or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).split("RESOURCE_EXHAUSTED:", 1)[-1].splitlines()[0]
+        return _fail(f"out of memory:{reason} Lower batch_size, or set model.remat to 'full'.")
+
+
+def _fail(message: str) -> int:
+    print(f"vit-jax: {' '.join(message.split())}", file=sys.stderr)
+    return 1
 
 
 def _quieten() -> None:

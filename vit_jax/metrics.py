@@ -177,7 +177,7 @@ class Monitor:
       batch_size: global, in images.
       total_steps: of the run.
       log_every: steps between two rows and two lines.
-      flops_per_image: of a training step, see `models.vit.flops_per_image`.
+      flops_per_image: of a training step, see `Objective.flops_per_image`.
       max_skips: how many updates that are not finite are skipped before the run stops.
       last_good: names the newest checkpoint, for the message of a run that stops.
       say: prints a line.

@@ -152,6 +152,11 @@ def make_optimizer(
     return optax.chain(*parts), learning_rates
 
 
+def num_updates(opt_state: Any) -> jax.Array:
+    """How many updates were made: where the schedule is read. Skipped steps do not count."""
+    return optax.tree.get_all_with_path(opt_state, "count")[0][1]
+
+
 def update_ema(ema: Any, params: Any, decay: float) -> Any:
     """decay · ema + (1 - decay) · params, leaf by leaf."""
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)

@@ -81,7 +81,8 @@ def make_preprocess(
       mean, std: the dataset's, where it knows them.
 
     Raises:
-      ValueError: an unknown `normalize`, a dataset without statistics, a negative mixup.
+      ValueError: an unknown `normalize`, a dataset without statistics or with a constant channel, a
+        negative mixup.
     """
     if mixup < 0:
         raise ValueError(f"mixup={mixup} must not be negative; 0.0 turns it off.")
@@ -91,4 +92,6 @@ def make_preprocess(
         raise ValueError(f"normalize={normalize!r} is unknown; choose 'half' or 'dataset'.")
     if mean is None or std is None:
         raise ValueError("normalize='dataset' needs a dataset with statistics; use 'half'.")
+    if not all(std):
+        raise ValueError(f"normalize='dataset' divides by the deviations {std}; use 'half'.")
     return Preprocess(tuple(mean), tuple(std), mixup)

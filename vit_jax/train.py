@@ -25,9 +25,9 @@ from vit_jax.data.loader import HOST_ONLY, make_loader
 from vit_jax.data.sources import DatasetInfo, dataset_info
 from vit_jax.evals import EVALS
 from vit_jax.metrics import MetricsWriter, Monitor, Stopwatch, read_rows
-from vit_jax.models.vit import flops_per_image, make_vit
+from vit_jax.models.vit import make_vit
 from vit_jax.objectives import OBJECTIVES, Model, Objective
-from vit_jax.optim import make_optimizer, update_ema
+from vit_jax.optim import make_optimizer, num_updates, update_ema
 from vit_jax.preprocess import Preprocess, make_preprocess
 from vit_jax.runtime import Preempted, StopSignal
 from vit_jax.sharding import check_batch_size, make_mesh, pad_batch, put_batch, replicated
@@ -150,7 +150,8 @@ def train_step(parts: Parts, state: TrainState, batch: Batch) -> tuple[TrainStat
     metrics = {
         name: total / jnp.maximum(count, 1) for name, (total, count) in output.metrics.items()
     }
-    metrics |= norms | {"learning_rate": parts.schedule(state.step), "finite": finite}
+    learning_rate = parts.schedule(num_updates(state.opt_state))
+    metrics |= norms | {"learning_rate": learning_rate, "finite": finite}
     return new._replace(step=state.step + 1), {"loss": loss} | metrics
 
 
@@ -193,7 +194,7 @@ def make_parts(config: ConfigDict, info: DatasetInfo) -> tuple[Parts, Callable[[
         seed=config.seed,
         ema_decay=ema_decay,
         preprocess=preprocess,
-        flops_per_image=flops_per_image(backbone, num_classes=len(info.class_names)),
+        flops_per_image=objective.flops_per_image(backbone),
         image_size=backbone.image_size,
     )
 
@@ -213,15 +214,25 @@ def abstract_state(init: Callable[[], TrainState], mesh: jax.sharding.Mesh) -> T
     )
 
 
-def make_evals(config: ConfigDict) -> dict[str, Any]:
-    """The config's evaluations by the names that it gives them."""
+def make_evals(config: ConfigDict, info: DatasetInfo) -> dict[str, Any]:
+    """The config's evaluations by the names that it gives them, for a model trained on `info`."""
     evals = {}
     for key, section in config.evals.items():
         if key in ("train", "speed") or "/" in key:
             raise ValueError(f"evals.{key}: metrics of that name are taken; call it otherwise.")
         evaluation, options = config_lib.choose(f"evals.{key}", EVALS, section)
         evals[key] = config_lib.call(f"evals.{key}", evaluation, options)
+        if evals[key].info.class_names != info.class_names:
+            raise ValueError(
+                f"evals.{key}.dataset={evals[key].info.name!r} has other classes than the training "
+                f"data {info.name!r}, or has them in another order."
+            )
     return evals
+
+
+def fingerprints(info: DatasetInfo, evals: Mapping[str, Any]) -> dict[str, str]:
+    """Of every dataset that a run reads, by its section of the config."""
+    return {"data": info.fingerprint} | {f"evals.{k}": e.info.fingerprint for k, e in evals.items()}
 
 
 def evaluate(
@@ -264,7 +275,7 @@ class Trainer:
         self.mesh = config_lib.call("mesh", make_mesh, config.mesh)
         check_batch_size(config.batch_size, self.mesh)
         self.info = dataset_info(config.data.name, data_dir=config.data.data_dir)
-        self.evals = make_evals(config)
+        self.evals = make_evals(config, self.info)
         self.parts, init = make_parts(config, self.info)
         self.augment = make_augmentation(**config_lib.plain(config.augment))
         self._check_fit()
@@ -274,7 +285,13 @@ class Trainer:
         self.checkpoints = Checkpoints(workdir / "checkpoints", **keep)
         started = bool(self.checkpoints.steps())  # before, nothing binds a run to its config
         self.record = RunRecord(
-            workdir, config, self.info, clock, num_params=self.num_params, started=started
+            workdir,
+            config,
+            self.info,
+            clock,
+            fingerprints=fingerprints(self.info, self.evals),
+            num_params=self.num_params,
+            started=started,
         )
         self._take_up(init, abstract)
 
@@ -340,12 +357,14 @@ class Trainer:
         self.clock.switch("steps")
         with contextlib.closing(self.checkpoints), contextlib.closing(self.writer):
             if not self.finished:
-                if self.step and self._evaluation_due():  # a signal came before it was done
-                    self._evaluate()
-                self._loop()
-                with self.clock("saving"):
-                    self.checkpoints.wait()
-                self.record.save()
+                try:
+                    if self.step and self._evaluation_due():  # a signal came before it was done
+                        self._evaluate()
+                    self._loop()
+                    with self.clock("saving"):
+                        self.checkpoints.wait()
+                finally:
+                    self.record.save()
             return self._evaluated()
 
     def _loop(self) -> None:
@@ -436,6 +455,7 @@ class Trainer:
             "rejected": self.monitor.rejected,
             "versions": self.record.values["versions"],
             "dataset": self.record.values["dataset"],
+            "fingerprints": self.record.values["fingerprints"],
             "preprocess": {"mean": preprocess.mean, "std": preprocess.std},
             "config": config_lib.plain(self.config),
         }
@@ -496,11 +516,13 @@ def evaluate_checkpoint(
             raise FileNotFoundError(f"no checkpoint {step or ''} in {workdir}; there are: {found}.")
         step = steps[-1] if step is None else step
         info = dataset_info(config.data.name, data_dir=config.data.data_dir)
+        evals = make_evals(config, info)
         parts, init = make_parts(config, info)
         state, meta = checkpoints.restore(step, abstract_state(init, mesh))
-        if meta["dataset"]["fingerprint"] != info.fingerprint:
-            raise ValueError(
-                f"dataset {info.name!r} in {config.data.data_dir} is not the one that {workdir} "
-                "was trained on (other fingerprint); prepare that one again, or train anew."
-            )
-    return step, evaluate(make_evals(config), parts.model(state), mesh)
+        for key, now in fingerprints(info, evals).items():
+            if meta["fingerprints"].get(key, now) != now:
+                raise ValueError(
+                    f"the dataset of {key} is not the one of the run {workdir} (other "
+                    "fingerprint); prepare that one again, or train anew."
+                )
+    return step, evaluate(evals, parts.model(state), mesh)

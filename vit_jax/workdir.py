@@ -27,11 +27,14 @@ def versions() -> dict[str, str]:
 class RunRecord:
     """Keeps config.json and run.json, and the account of time over restarts.
 
+    `changes` lists what was installed anew since the checkpoint that is resumed.
+
     Args:
       workdir: of the run.
       config: resolved.
       info: the training data.
       clock: this process's.
+      fingerprints: of all datasets, by section of the config.
       num_params: recorded.
       started: whether there is a checkpoint, whose config and dataset must then be these.
 
@@ -47,13 +50,15 @@ class RunRecord:
         info: DatasetInfo,
         clock: Stopwatch,
         *,
+        fingerprints: Mapping[str, str],
         num_params: int,
         started: bool,
     ):
         self.path, self.clock = workdir / "run.json", clock
+        self.changes: list[str] = []
         old = json.loads(self.path.read_text()) if self.path.exists() else {}
         if started:
-            self._check_same_run(workdir, config, info, old)
+            self._check_same_run(workdir, config, fingerprints, old)
         self.values = old | {
             "versions": versions(),
             "devices": {
@@ -68,6 +73,7 @@ class RunRecord:
                 "splits": info.splits,
                 "class_names": info.class_names,
             },
+            "fingerprints": dict(fingerprints),
             "num_params": num_params,
             "started": old.get("started", clock.start),
             "starts": old.get("starts", 0) + 1,
@@ -76,13 +82,13 @@ class RunRecord:
         if not old:  # however early a kill comes, the account begins here
             self.save()
 
-    def _check_same_run(self, workdir, config, info, old: Mapping[str, Any]) -> None:
+    def _check_same_run(self, workdir, config, new: Mapping[str, str], old: Mapping) -> None:
         if not (workdir / "config.json").exists():
             return
         found = config_lib.differences(config_lib.load_run_config(workdir), config)
-        fingerprint = old.get("dataset", {}).get("fingerprint", info.fingerprint)
-        if fingerprint != info.fingerprint:
-            found.append(f"dataset fingerprint: {fingerprint[:12]} -> {info.fingerprint[:12]}")
+        for key, was in old.get("fingerprints", {}).items():
+            if key in new and new[key] != was:
+                found.append(f"fingerprint of {key}: {was[:12]} -> {new[key][:12]}")
         if found:
             raise ValueError(
                 f"workdir {workdir} holds a run with another config: {'; '.join(found)}; "
@@ -94,6 +100,8 @@ class RunRecord:
 
         What came after that checkpoint, in earlier processes and between them, is lost.
         """
+        was, now = meta.get("versions", {}), self.values["versions"]
+        self.changes = [f"{k} {was[k]} -> {now.get(k)}" for k in was if was[k] != now.get(k)]
         since = meta.get("time", self.values["started"])
         self.clock.resume(meta.get("seconds", {}), since)
         self.save()

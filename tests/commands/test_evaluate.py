@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from etils import epath
@@ -79,7 +80,23 @@ def test_a_missing_step_lists_those_that_are_there(trained):
         evaluate.main([f"--workdir={workdir}", "--step=5"])
 
 
-@pytest.mark.parametrize("argv, words", [([], "--workdir is missing"), (["--stpe=3"], "--step")])
+def test_datasets_that_were_moved_are_found(trained, data_dir, tmp_path, capsys):
+    _, workdir, logged = trained
+    shutil.copytree(data_dir, tmp_path / "moved")
+    assert evaluate.main([f"--workdir={workdir}", "--json", f"--data_dir={tmp_path}/moved"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"step": 6} | logged[6]
+    with pytest.raises(FileNotFoundError, match="vit-jax prepare digits --data_dir=.*nowhere"):
+        evaluate.main([f"--workdir={workdir}", f"--data_dir={tmp_path}/nowhere"])
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "--workdir is missing"),
+        (["--stpe=3"], "--step"),
+        (["--workdir=x", "y"], "argument 'y' is unknown"),
+    ],
+)
 def test_flags_that_are_not_understood(argv, words):
     with pytest.raises(ValueError, match=words):
         evaluate.main(argv)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from tests.models import reference, tree_mode
 from vit_jax.models.heads import Head, make_pool
-from vit_jax.models.vit import REMAT_POLICIES, VARIANTS, flops_per_image, make_vit
+from vit_jax.models.vit import REMAT_POLICIES, VARIANTS, make_vit
 from vit_jax.objectives import Model
 from vit_jax.preprocess import Preprocess
 from vit_jax.sharding import batch_sharding, make_mesh
@@ -130,20 +130,20 @@ def test_parameters_are_float32_whatever_the_compute_type():
     [("Ti/16", 7.52), ("S/16", 27.59), ("B/16", 105.38), ("L/16", 369.33), ("H/14", 1003.8)],
 )
 def test_flops_of_a_training_step_are_the_computed_ones(variant, published):
-    def make():
-        return make_vit(variant=variant, cls_token=True, depth=1, rngs=nnx.Rngs(0))
-
-    model = nnx.eval_shape(make)
-    model.depth = VARIANTS[variant.split("/")[0]][1]
+    options = {"cls_token": True, "depth": 1, "num_classes": 1000, "pool": "cls"}
+    model = nnx.eval_shape(with_head(variant=variant, **options))
+    model.backbone.depth = VARIANTS[variant.split("/")[0]][1]
     digits = 2 if published < 1000 else 1
-    assert round(flops_per_image(model, num_classes=1000) / 1e9, digits) == published
+    flops = 3 * (model.backbone.flops() + model.head.flops())
+    assert round(flops / 1e9, digits) == published
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("pool", ["cls", "gap"])
-def test_flops_formula_counts_every_matrix_product(pool, scan):
+@pytest.mark.parametrize("pool", ["cls", "gap", "map"])
+@pytest.mark.parametrize("hidden_dim", [None, 24])
+def test_flops_formula_counts_every_matrix_product(pool, scan, hidden_dim):
     options = {"variant": "S/3x2", "num_classes": 7, "pool": pool, "cls_token": pool == "cls"}
-    model = nnx.eval_shape(with_head(**options, **SMALL, scan=scan))
+    model = nnx.eval_shape(with_head(**options, **SMALL, scan=scan, hidden_dim=hidden_dim))
     graphdef, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
 
@@ -152,7 +152,9 @@ def test_flops_formula_counts_every_matrix_product(pool, scan):
 
     batch = jax.ShapeDtypeStruct((1, 6, 8, 3), jnp.float32)
     counted = reference.dot_flops(jax.make_jaxpr(forward)(params, batch).jaxpr)
-    assert 3 * counted == flops_per_image(model.backbone, num_classes=7)
+    once = 2 * 16 * 16 if pool == "map" else 0  # the learned query, projected once a batch
+    pooling = model.pool.flops(model.backbone.num_tokens)
+    assert counted - once == model.backbone.flops() + pooling + model.head.flops()
     # A step's are three times that, but for the gradient of the images, which nobody wants.
     loss = jax.value_and_grad(lambda *args: forward(*args).sum())
     step = reference.dot_flops(jax.make_jaxpr(loss)(params, batch).jaxpr)
@@ -166,7 +168,7 @@ def test_flops_formula_agrees_with_xla():
     forward = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images))
     batch = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
     cost = forward.lower(nnx.to_pure_dict(params), batch).cost_analysis()
-    ratio = cost["flops"] * 3 / flops_per_image(model.backbone, num_classes=10)
+    ratio = cost["flops"] / (model.backbone.flops() + model.head.flops())
     assert 1 < ratio < 1.03  # XLA counts biases, norms and softmax too
 
 

@@ -39,7 +39,10 @@ def main(argv: list[str]) -> int:
     clock, stop = Stopwatch(PROCESS_START), StopSignal()
     _prepare_embedded(config)
     workdir = epath.Path(values.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"--workdir={workdir} must be a folder; a file is in the way.") from error
     lock = WorkdirLock(workdir)
     try:
         trainer = Trainer(config, workdir, clock=clock, stop=stop)
@@ -79,6 +82,8 @@ def _announce(trainer) -> None:
         print(f"all {total} steps are done")
     elif trainer.step:
         print(f"resuming at step {trainer.step} of {total}")
+        if changes := trainer.record.changes:
+            print(f"other versions than before ({', '.join(changes)}): not the same bit for bit")
 
 
 def _account(record) -> str:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from vit_jax.data.augment import make_augmentation
 from vit_jax.data.loader import HOST_ONLY, make_eval_loader
+from vit_jax.data.sources import dataset_info
 from vit_jax.losses import softmax_cross_entropy
 
 
@@ -47,6 +48,7 @@ class Classification:
             num_workers=num_workers,
             strict=strict,
         )
+        self.info = dataset_info(dataset, data_dir=data_dir)
         self._make_loader().close()  # what does not fit is said now, not after hours of training
 
     def run(

@@ -33,6 +33,11 @@ class MapPool(nnx.Module):
         x = self.proj(jnp.einsum("bhk,bkhd->bhd", weights, value).reshape(len(tokens), -1))
         return x + self.mlp(self.norm(x).astype(x.dtype))
 
+    def flops(self, num_tokens: int) -> int:
+        """Matrix-product FLOPs on one image; the query, the same for all, counts nothing."""
+        d, mlp_dim = self.proj.kernel.shape[0], self.mlp.fc1.kernel.shape[1]
+        return 4 * num_tokens * d * d + 4 * num_tokens * d + 2 * d * d + 4 * d * mlp_dim
+
 
 class ClsPool(nnx.Module):
     """The class token."""
@@ -45,6 +50,10 @@ class ClsPool(nnx.Module):
         """[batch, tokens, dim] -> [batch, dim]."""
         return tokens[:, 0]
 
+    def flops(self, num_tokens: int) -> int:
+        """No matrix products."""
+        return 0
+
 
 class GlobalAveragePool(nnx.Module):
     """The mean of the patch tokens, prefix tokens left out."""
@@ -56,6 +65,10 @@ class GlobalAveragePool(nnx.Module):
         """[batch, tokens, dim] -> [batch, dim]; the mean is taken in float32."""
         patches = tokens[:, self.num_prefix_tokens :]
         return patches.mean(axis=1, dtype=jnp.float32).astype(tokens.dtype)
+
+    def flops(self, num_tokens: int) -> int:
+        """No matrix products."""
+        return 0
 
 
 def make_pool(name: str, backbone, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -96,3 +109,8 @@ class Head(nnx.Module):
         if self.pre_logits is not None:
             x = jnp.tanh(self.pre_logits(x))
         return self.fc(x)
+
+    def flops(self) -> int:
+        """Matrix-product FLOPs on one image."""
+        layers = [self.fc] if self.pre_logits is None else [self.pre_logits, self.fc]
+        return sum(2 * layer.kernel.shape[0] * layer.kernel.shape[1] for layer in layers)

@@ -1,5 +1,6 @@
 """The Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929)."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -75,8 +76,8 @@ class VisionTransformer(nnx.Module):
         self.num_prefix_tokens = int(cls_token)
         self.patch_embed = PatchEmbed(self.patch_size, dim, dtype=self.dtype, rngs=rngs)
         self.cls_token = nnx.Param(jnp.zeros((1, dim))) if cls_token else None
-        shape = (self.num_prefix_tokens + self.grid[0] * self.grid[1], dim)
-        table = 0.02 * jax.random.normal(rngs.params(), shape)
+        self.num_tokens = self.num_prefix_tokens + self.grid[0] * self.grid[1]
+        table = 0.02 * jax.random.normal(rngs.params(), (self.num_tokens, dim))
         self.pos_embed = nnx.Param(table) if pos_embed == "learned" else None
         options = {"dropout": dropout, "layer_scale": layer_scale, "dtype": self.dtype}
         keys = jax.random.split(rngs.params(), depth)
@@ -129,6 +130,17 @@ class VisionTransformer(nnx.Module):
         x, outputs = self._run_blocks(x, self._attention_mask(mask, segment_ids), key, layers)
         x = self.norm(x).astype(self.dtype)
         return (x, outputs) if layers else x
+
+    def flops(self) -> int:
+        """Matrix-product FLOPs of the forward pass on one image, two a multiply-add.
+
+        `2·p·v·d + depth·(8·n·d² + 4·n²·d + 4·n·d·m)` with p patches of v values, n tokens, width d
+        and MLP width m. Norms, softmax and other element-wise work count nothing.
+        """
+        d, patches = self.dim, self.grid[0] * self.grid[1]
+        n = self.num_tokens
+        block = 8 * n * d * d + 4 * n * n * d + 4 * n * d * self.mlp_dim
+        return 2 * patches * math.prod(self.patch_embed.kernel.shape) + self.depth * block
 
     def _add_positions(self, x: jax.Array, positions: jax.Array | None) -> jax.Array:
         prefix = self.num_prefix_tokens
@@ -230,20 +242,6 @@ def make_vit(
         dtype=dtype,
         rngs=rngs,
     )
-
-
-def flops_per_image(backbone: VisionTransformer, *, num_classes: int = 0) -> int:
-    """Exact matrix-product FLOPs of one training step on one image: 3 × the forward pass.
-
-    Forward, two FLOPs a multiply-add, with n tokens, p patches of c·h·w values, width d, MLP m:
-    `2·p·c·h·w·d + depth·(8·n·d² + 4·n²·d + 4·n·d·m) + 2·d·classes`. Norms, softmax and other
-    element-wise work count nothing; rematerialisation counts nothing (it is no useful work).
-    """
-    d, patches = backbone.dim, backbone.grid[0] * backbone.grid[1]
-    n = patches + backbone.num_prefix_tokens
-    values = 3 * backbone.patch_size[0] * backbone.patch_size[1]
-    block = 8 * n * d * d + 4 * n * n * d + 4 * n * d * backbone.mlp_dim
-    return 3 * (2 * patches * values * d + backbone.depth * block + 2 * d * num_classes)
 
 
 def _parse_variant(variant: str) -> tuple[str, tuple[int, int]]:

@@ -89,6 +89,14 @@ class Objective(nnx.Module):
           step: int32 scalar, the number of updates done before this one.
         """
 
+    def flops_per_image(self, backbone: VisionTransformer) -> int:
+        """Useful matrix-product FLOPs of a training step on one image, for MFU.
+
+        By default 3 × the backbone's forward pass (the backward pass does each product twice); the
+        recomputing of rematerialisation counts nothing.
+        """
+        return 3 * backbone.flops()
+
     def model(self, backbone: VisionTransformer) -> Model:
         """What evaluation, export and transfer see."""
         raise NotImplementedError(f"{type(self).__name__} defines no model.")

@@ -73,6 +73,11 @@ class Supervised(Objective):
         }
         return losses.sum() / jnp.maximum(count, 1), Output(metrics)
 
+    def flops_per_image(self, backbone) -> int:
+        """3 × the forward pass of backbone, pooling and head."""
+        pool = self.pool.flops(backbone.num_tokens)
+        return 3 * (backbone.flops() + pool + self.head.flops())
+
     def model(self, backbone) -> Model:
         """Backbone, pooling, head and preprocessing."""
         return Model(backbone, self.pool, self.head, self.preprocess)
