@@ -1,0 +1,1 @@
+"""Weights from elsewhere and for elsewhere: rename tables used in both directions, and proofs."""
