@@ -1,0 +1,188 @@
+"""Bad files, half-written ones and pickles: one clear line each, and nothing left behind."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from etils import epath
+
+import vit_jax
+from tests.interop.models import source, spec
+from vit_jax.interop import files
+from vit_jax.interop.export import write_own
+from vit_jax.interop.load import read_source
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A good file of our own."""
+    path = epath.Path(tmp_path / "model.safetensors")
+    write_own(source(spec()), path)
+    return path
+
+
+def reason(path, error=ValueError):
+    with pytest.raises(error) as caught:
+        vit_jax.load(path)
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 600
+    return text
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return pytest.fail, ("unpickled",)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".ckpt", ".pkl"])
+def test_pickles_are_refused_with_the_way_out(tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(pickle.dumps(Trap()))
+    text = reason(path)
+    assert "torch.load('weights" in text and "weights_only=True" in text
+    assert "save_file(state.get('model', state), 'weights.safetensors')" in text
+    assert "torch.load('weights" in reason(tmp_path)
+
+
+def test_pickled_members(tmp_path):
+    path = tmp_path / "w.npz"
+    np.savez(path, trap=np.array([Trap()], dtype=object))
+    assert "pickled members" in reason(path)
+    path.write_bytes(pickle.dumps(Trap()))
+    assert "pickled members" in reason(path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])
+def test_a_file_cut_short(own, keep):
+    data = own.read_bytes()
+    own.write_bytes(data[:keep])
+    assert "damaged or cut short" in reason(own)
+
+
+def test_an_npz_cut_short(tmp_path):
+    path = tmp_path / "w.npz"
+    np.savez(path, a=np.zeros((100, 100)))
+    path.write_bytes(path.read_bytes()[:-300])
+    assert "damaged or cut short" in reason(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xff" * 20,
+        b"[]",
+        b'{"a": 1}',
+        b'{"a": {"dtype": "F32", "shape": [4611686018427387904], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_hostile_headers(tmp_path, header):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
+    assert "damaged or cut short" in reason(path)
+    path.write_bytes((1 << 62).to_bytes(8, "little") + header)
+    assert "damaged or cut short" in reason(path)
+
+
+def test_an_array_that_claims_more_than_there_is(tmp_path):
+    path = tmp_path / "w.npz"
+    np.savez(path, a=np.zeros(3))
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"(3,)", b"(9,)"))
+    assert "damaged or cut short" in reason(path)
+
+
+def test_a_newer_version(own):
+    arrays = files.read_arrays(own)
+    metadata = files.safetensors_metadata(own)
+    described = json.loads(metadata["spec"]) | {"version": 99}
+    files.write_safetensors(own, arrays, metadata | {"spec": json.dumps(described)})
+    assert "newer vit_jax (format 99" in reason(own)
+    files.write_safetensors(own, arrays, metadata | {"spec": "{"})
+    assert "damaged" in reason(own)
+
+
+def test_weights_that_do_not_make_one_model(own):
+    arrays, metadata = files.read_arrays(own), files.safetensors_metadata(own)
+    arrays["backbone/norm/scale"] = np.zeros(3, np.float32)
+    del arrays["backbone/norm/bias"]
+    arrays["stranger"] = np.zeros(3, np.float32)
+    files.write_safetensors(own, arrays, metadata)
+    text = reason(own)
+    assert "backbone/norm/scale is (3,), wanted (24,)" in text
+    assert "backbone/norm/bias is missing" in text and "stranger is left over" in text
+
+
+def test_an_unknown_layout(tmp_path):
+    path = epath.Path(tmp_path / "w.safetensors")
+    files.write_safetensors(path, {"conv1.weight": np.zeros((3, 3), np.float32)}, {})
+    assert "no known layout: 1 arrays such as 'conv1.weight'" in reason(path)
+    names = ["cls_token", "pos_embed", *(f"layer{i}.weight" for i in range(9))]
+    files.write_safetensors(path, {name: np.zeros(1, np.float32) for name in names}, {})
+    assert "nearest is timm, which knows 2 of 11 names but not 'layer0.weight'" in reason(path)
+
+
+def test_nothing_there(tmp_path):
+    assert "does not exist" in reason(tmp_path / "nowhere", FileNotFoundError)
+    assert "no .safetensors or .npz" in reason(tmp_path, FileNotFoundError)
+    (tmp_path / "notes.txt").write_text("x")
+    assert "neither .safetensors nor .npz" in reason(tmp_path / "notes.txt")
+
+
+def test_an_index_of_several_files(tmp_path, own):
+    arrays = files.read_arrays(own)
+    folder = epath.Path(tmp_path / "split")
+    folder.mkdir()
+    names = sorted(arrays)
+    for part, chosen in enumerate((names[::2], names[1::2])):
+        files.write_safetensors(folder / f"{part}.safetensors", {n: arrays[n] for n in chosen}, {})
+    where = {name: f"{i % 2}.safetensors" for i, name in enumerate(names)}
+    files.write_json(folder / files.INDEX, {"weight_map": where})
+    assert files.read_folder(folder).keys() == arrays.keys()
+    files.write_json(folder / files.INDEX, {"weight_map": {"a": "../model.safetensors"}})
+    with pytest.raises(ValueError, match="outside of its folder"):
+        files.read_folder(folder)
+
+
+def test_a_new_file_or_folder_is_whole_or_not_there(tmp_path):
+    for place in (files.new_file, files.new_folder):
+        with pytest.raises(RuntimeError), place(tmp_path / "x", overwrite=False) as path:
+            if place is files.new_file:
+                path.write_text("half")
+            else:
+                (path / "half").write_text("half")
+            raise RuntimeError
+        assert not list(tmp_path.iterdir())
+    with files.new_folder(tmp_path / "x", overwrite=False) as path:
+        (path / "old").write_text("old")
+    with pytest.raises(FileExistsError, match="add --overwrite"):
+        files.new_folder(tmp_path / "x", overwrite=False).__enter__()
+    with files.new_folder(tmp_path / "x", overwrite=True) as path:
+        (path / "new").write_text("new")
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    with pytest.raises(RuntimeError), files.new_folder(tmp_path / "x", overwrite=True):
+        raise RuntimeError
+    assert (tmp_path / "x" / "new").read_text() == "new"
+
+
+def test_half_precision_becomes_float32(tmp_path):
+    made = source(spec(names=False))
+    from vit_jax.interop import timm
+
+    arrays, _ = timm.export(made.params, made.spec)
+    path = epath.Path(tmp_path / "w.safetensors")
+    halves = {name: array.astype(np.float16) for name, array in arrays.items()}
+    files.write_safetensors(path, halves, {})
+    read = read_source(path, num_heads=3)
+    assert {x.dtype for x in read.params.values()} == {np.dtype(np.float32)}
+    import ml_dtypes
+
+    halves = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
+    files.write_safetensors(path, halves, {})
+    read = read_source(path, num_heads=3)
+    name = "backbone/blocks/0/mlp/fc1/kernel"
+    np.testing.assert_allclose(read.params[name], made.params[name], rtol=1e-2)
