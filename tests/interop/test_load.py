@@ -1,0 +1,157 @@
+"""`vit_jax.load`: what it answers, in other shapes too, and what it says of what it did."""
+
+import numpy as np
+import pytest
+
+import vit_jax
+from tests.interop.models import assert_close, images, source, spec
+from tests.runs import run, short
+from vit_jax.interop import npz
+from vit_jax.interop.export import export
+from vit_jax.interop.layouts import BIG_VISION, GOOGLE, HF_DINOV2, HF_SIGLIP, HF_VIT, LAYOUTS, TIMM
+from vit_jax.interop.load import adapt, read_source
+from vit_jax.interop.spec import fill, make_model
+from vit_jax.interop.tables import recognise
+
+
+@pytest.fixture(scope="module")
+def trained(data_dir, tmp_path_factory):
+    """A finished run's trainer and workdir."""
+    workdir = tmp_path_factory.mktemp("load") / "run"
+    trainer, _ = run(short(data_dir), workdir)
+    return trainer, workdir
+
+
+def test_a_run_answers_what_its_trainer_answers(trained, tmp_path):
+    trainer, workdir = trained
+    pixels = images(size=(8, 8))
+    wanted = trainer.parts.model(trainer.state)(pixels)
+    step = trainer.step
+    for path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / str(step)):
+        np.testing.assert_allclose(vit_jax.load(path)(pixels), wanted, atol=1e-6)
+    source = read_source(workdir)
+    assert source.spec.class_names == tuple("0123456789")
+    export(source, format="safetensors", out=tmp_path / "m.safetensors")
+    exported = vit_jax.load(tmp_path / "m.safetensors")
+    np.testing.assert_allclose(exported(pixels), wanted, atol=1e-6)
+    with pytest.raises(FileNotFoundError, match="no checkpoint 99 .*there are"):
+        vit_jax.load(workdir, step=99)
+
+
+def test_uint8_is_preprocessed_and_float_is_not():
+    made = source(spec())
+    model = fill(make_model(made.spec), made.params)
+    pixels = images()
+    mean, std = np.array(made.spec.mean), np.array(made.spec.std)
+    normalised = ((pixels / 255 - mean) / std).astype(np.float32)
+    np.testing.assert_allclose(model(pixels), model(normalised), atol=1e-4)
+    assert model(pixels).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "pool, shape",
+    [("none", (2, 17, 24)), ("cls", (2, 24)), ("cls_gap", (2, 48)), ("map", (2, 24))],
+)
+def test_without_a_head(pool, shape):
+    made = source(spec(pool=pool, num_classes=0, cls_token=True))
+    assert fill(make_model(made.spec), made.params)(images()).shape == shape
+
+
+def test_another_resolution_patch_and_head():
+    made = source(spec(pool="cls", cls_token=True))
+    table = made.params["backbone/pos_embed"].copy()
+    new = adapt(made, image_size=(32, 24), patch_size=(8, 8), num_classes=3)
+    assert new.params["backbone/pos_embed"].shape == (1 + 12, 24)
+    np.testing.assert_array_equal(new.params["backbone/pos_embed"][0], table[0])
+    assert new.params["backbone/patch_embed/kernel"].shape == (8, 8, 3, 24)
+    model = fill(make_model(new.spec), new.params)
+    assert not np.any(model(images(size=(32, 24)))) and model(images(size=(32, 24))).shape == (2, 3)
+    told = "\n".join(new.report.reshaped)
+    assert "(4, 4) -> (8, 8), pseudo-inverse" in told
+    assert "a grid of (4, 4) -> (4, 3), antialiased bicubic" in told
+    assert "head: 5 classes -> 3" in told and not new.spec.class_names
+    bare = adapt(made, num_classes=0)
+    assert not [name for name in bare.params if name.startswith("head/")]
+    with pytest.raises(ValueError, match="image_size=.30, 30. must be a multiple"):
+        adapt(made, image_size=(30, 30))
+
+
+def test_twice_as_large_images_in_twice_as_large_patches_answer_the_same():
+    """Pixels doubled by the resize that the pseudo-inverse belongs to: the same tokens."""
+    from vit_jax.interop.resample import resize_matrix, triangle
+
+    made = source(spec())
+    model = fill(make_model(made.spec), made.params)
+    small = np.random.default_rng(0).standard_normal((2, 4, 4, 4, 4, 3))  # rows, columns of patches
+    b = resize_matrix(4, 8, triangle)
+    large = np.einsum("ai,bj,nrcijk->nrcabk", b, b, small)
+
+    def image(patches):
+        n, rows, columns, height, width, _ = patches.shape
+        x = patches.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows * height, columns * width, 3)
+        return x.astype(np.float32)
+
+    new = adapt(made, image_size=(32, 32), patch_size=(8, 8))
+    again = fill(make_model(new.spec), new.params)
+    assert_close(again(image(large)), model(image(small)), "logits")
+
+
+def test_recognition():
+    vit = {"pool": "cls", "cls_token": True, "activation": "gelu"}
+    from vit_jax.interop import huggingface, timm
+
+    def names(format, **options):
+        made = source(spec(**options))
+        arrays = format.export(made.params, made.spec)
+        return list(arrays[0] if isinstance(arrays, tuple) else arrays)
+
+    for wanted, found in (
+        (TIMM, names(timm, **vit)),
+        (HF_VIT, names(huggingface, **vit)),
+        (HF_DINOV2, names(huggingface, layer_scale=1.0, **vit)),
+        (HF_SIGLIP, names(huggingface)),
+        (GOOGLE, names(npz)),
+        (BIG_VISION, names(npz, pool="map")),
+    ):
+        assert recognise(found, LAYOUTS) is wanted
+        for prefix in wanted.prefixes:
+            if wanted in (TIMM, GOOGLE, BIG_VISION):  # transformers' have one already
+                assert recognise([prefix + name for name in found], LAYOUTS) is wanted
+
+
+def test_heads_are_guessed_only_by_the_custom(tmp_path):
+    from etils import epath
+
+    from vit_jax.interop import files, timm
+
+    path = epath.Path(tmp_path / "w.safetensors")
+    for dim, wanted in ((128, 2), (24, None)):
+        made = source(spec(dim=dim, num_heads=2, names=False))
+        arrays, _ = timm.export(made.params, made.spec)
+        files.write_safetensors(path, arrays, {})
+        if wanted is None:
+            with pytest.raises(ValueError, match="dim=24 is no multiple of 64.*--num_heads"):
+                read_source(path)
+        else:
+            read = read_source(path)
+            assert read.spec.backbone["num_heads"] == wanted
+            assert any("64 channels a head" in note for note in read.report.notes)
+
+
+def test_what_a_class_does_not_use_is_said(tmp_path):
+    """SiglipForImageClassification carries a MAP head that it does not call."""
+    from etils import epath
+
+    from vit_jax.interop import files, huggingface
+
+    made = source(spec(pool="map", num_classes=0, names=False))
+    arrays, config, _ = huggingface.export(made.params, made.spec)
+    arrays["classifier.weight"] = np.ones((4, 24), np.float32)
+    arrays["classifier.bias"] = np.ones(4, np.float32)
+    config.pop("vit_jax")
+    path = epath.Path(tmp_path / "model.safetensors")
+    files.write_safetensors(path, arrays, {})
+    files.write_json(path.parent / "config.json", config)
+    read = read_source(tmp_path)
+    assert read.spec.pool == "gap" and read.spec.num_classes == 4
+    assert any("averages the patches instead" in line for line in read.report.unexpected)

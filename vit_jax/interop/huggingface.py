@@ -1,0 +1,331 @@
+"""transformers: what its config.json says, and which of its classes one of our models becomes."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from vit_jax.interop.certificate import Answer, version
+from vit_jax.interop.facts import Facts, pair
+from vit_jax.interop.layouts import HEAD, HEAD_DIST, HF_DINOV2, HF_SIGLIP, HF_VIT
+from vit_jax.interop.pools import AllTokens
+from vit_jax.interop.spec import Spec
+from vit_jax.interop.tables import Layout, Params, write
+from vit_jax.models.model import Model
+from vit_jax.models.pos_embed import sincos2d
+from vit_jax.preprocess import HALF
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+# What a config.json leaves out has these values: heads, epsilon, activation.
+DEFAULTS = {
+    HF_VIT.name: (12, 1e-12, "gelu"),
+    HF_DINOV2.name: (12, 1e-6, "gelu"),
+    HF_SIGLIP.name: (12, 1e-6, "gelu_pytorch_tanh"),
+}
+
+
+def facts(
+    layout: Layout,
+    config: Mapping[str, Any],
+    preprocessor: Mapping[str, Any],
+    params: Params,
+) -> Facts:
+    """Of a folder's config.json and preprocessor_config.json ({} where missing).
+
+    Raises:
+      ValueError: an activation that is not supported.
+    """
+    vision = config.get("vision_config") or config
+    heads, eps, activation = DEFAULTS[layout.name]
+    activation = vision.get("hidden_act", activation)
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"config.json has hidden_act={activation!r}; only {', '.join(ACTIVATIONS)} are known."
+        )
+    known = {
+        "num_heads": vision.get("num_attention_heads", heads if config else None),
+        "norm_eps": vision.get("layer_norm_eps", eps),
+        "activation": ACTIVATIONS[activation],
+        "image_size": pair(vision.get("image_size")),
+    }
+    pool, dropped = _pool(layout, params)
+    notes = [] if config else [f"activation {activation!r}, eps {eps}: no config.json tells them"]
+    if "image_mean" not in preprocessor:
+        notes.append("normalisation by 0.5: no preprocessor_config.json tells it")
+    return Facts(
+        pool=pool,
+        known=known,
+        mean=tuple(preprocessor.get("image_mean", HALF)),
+        std=tuple(preprocessor.get("image_std", HALF)),
+        class_names=_class_names(config, params),
+        dropped=dropped,
+        notes=notes,
+    )
+
+
+def _pool(layout: Layout, params: Params) -> tuple[str, dict[str, str]]:
+    """The pooling of the class that these are the weights of, and what that class does not use."""
+    has_head = f"{HEAD}/kernel" in params
+    if layout is HF_SIGLIP:
+        if has_head:
+            why = "SiglipForImageClassification averages the patches instead"
+            return "gap", {name: why for name in params if name.startswith("pool/")}
+        return ("map" if "pool/probe" in params else "none"), {}
+    if layout is HF_DINOV2:
+        return ("cls_gap" if has_head else "cls"), {}
+    if f"{HEAD_DIST}/kernel" in params:
+        return "cls_dist", {}
+    if has_head:
+        why = "ViTForImageClassification reads the class token itself"
+        return "cls", {name: why for name in params if name.startswith("pool/")}
+    return ("cls_tanh" if "pool/dense/kernel" in params else "none"), {}
+
+
+def _class_names(config: Mapping[str, Any], params: Params) -> tuple[str, ...]:
+    if f"{HEAD}/kernel" not in params or "id2label" not in config:
+        return ()
+    labels = {int(index): str(name) for index, name in config["id2label"].items()}
+    count = params[f"{HEAD}/kernel"].shape[1]
+    if sorted(labels) != list(range(count)):
+        raise ValueError(
+            f"config.json has {len(labels)} labels, the head {count} logits; make them as many."
+        )
+    return tuple(labels[index] for index in range(count))
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One of transformers' classes.
+
+    Attributes:
+      architecture: its name.
+      model_type: of its config.
+      layout: its table.
+      prefix: before every name but the heads'.
+    """
+
+    architecture: str
+    model_type: str
+    layout: Layout
+    prefix: str
+
+
+VIT = Target("ViTForImageClassification", "vit", HF_VIT, "vit.")
+VIT_MODEL = Target("ViTModel", "vit", HF_VIT, "")
+DEIT = Target("DeiTForImageClassification", "deit", HF_VIT, "deit.")
+DEIT_TEACHER = Target("DeiTForImageClassificationWithTeacher", "deit", HF_VIT, "deit.")
+DINOV2 = Target("Dinov2ForImageClassification", "dinov2", HF_DINOV2, "dinov2.")
+DINOV2_MODEL = Target("Dinov2Model", "dinov2", HF_DINOV2, "")
+REGISTERS = Target(
+    "Dinov2WithRegistersForImageClassification",
+    "dinov2_with_registers",
+    HF_DINOV2,
+    "dinov2_with_registers.",
+)
+REGISTERS_MODEL = Target("Dinov2WithRegistersModel", "dinov2_with_registers", HF_DINOV2, "")
+SIGLIP = Target("SiglipForImageClassification", "siglip", HF_SIGLIP, "vision_model.")
+SIGLIP_MODEL = Target("SiglipVisionModel", "siglip_vision_model", HF_SIGLIP, "vision_model.")
+
+FEATURES = (VIT_MODEL, DINOV2_MODEL, REGISTERS_MODEL, SIGLIP_MODEL)
+TARGETS = (VIT, DEIT, DEIT_TEACHER, DINOV2, REGISTERS, SIGLIP, *FEATURES)
+
+
+def choose(spec: Spec) -> Target:
+    """The class that computes what this model computes.
+
+    Raises:
+      ValueError: there is none.
+    """
+    b = spec.backbone
+    wanted = {"norm": "layernorm", "qk_norm": False, "parallel": False, "final_norm": True}
+    for key, value in wanted.items():
+        if b[key] != value:
+            raise _no_class(f"{key}={b[key]!r}")
+    if b["pos_embed"] not in ("learned", "sincos2d") or spec.hidden_dim:
+        raise _no_class(f"hidden_dim={spec.hidden_dim}, pos_embed={b['pos_embed']!r}")
+    if not b["cls_token"]:
+        if b["layer_scale"] or b["mlp"] != "mlp" or b["num_reg_tokens"] or not b["qkv_bias"]:
+            raise _no_class("LayerScale, SwiGLU, registers or no qkv bias without a class token")
+        if spec.pool == "gap" and spec.num_classes:
+            return SIGLIP
+        if spec.pool in ("map", "none") and not spec.num_classes:
+            return SIGLIP_MODEL
+        raise _no_class(f"pool={spec.pool!r} with {spec.num_classes} classes")
+    if b["dist_token"]:
+        if spec.pool not in ("cls", "cls_dist") or not spec.num_classes:
+            raise _no_class(f"pool={spec.pool!r} beside a distillation token")
+        return DEIT if spec.pool == "cls" else DEIT_TEACHER
+    plain = not (b["layer_scale"] or b["mlp"] != "mlp" or b["num_reg_tokens"])
+    if plain and spec.pool == "cls" and spec.num_classes:
+        return VIT
+    if plain and spec.pool in ("cls_tanh", "none") and not spec.num_classes:
+        return VIT_MODEL
+    if spec.pool in ("cls", "gap", "cls_gap") and (spec.num_classes or spec.pool == "cls"):
+        registers = b["num_reg_tokens"]
+        if spec.num_classes:
+            return REGISTERS if registers else DINOV2
+        return REGISTERS_MODEL if registers else DINOV2_MODEL
+    raise _no_class(f"pool={spec.pool!r} with {spec.num_classes} classes")
+
+
+def _no_class(what: str) -> ValueError:
+    return ValueError(
+        f"transformers has no ViT class for {what}; use --format=timm or safetensors."
+    )
+
+
+def expand(params: Params, spec: Spec, target: Target) -> Params:
+    """Adds what the class has and our model does without: the same function in more numbers."""
+    params = dict(params)
+    b = spec.backbone
+    if b["pos_embed"] == "sincos2d":
+        grid = [side // patch for side, patch in zip(b["image_size"], b["patch_size"], strict=True)]
+        rows = b["cls_token"] + b["dist_token"]
+        table = np.asarray(sincos2d(tuple(grid), b["dim"]))
+        params["backbone/pos_embed"] = np.pad(table, ((rows, 0), (0, 0)))
+    if target.layout is HF_DINOV2:
+        for i in range(b["depth"]):
+            for name in ("ls1", "ls2"):
+                params.setdefault(
+                    f"backbone/blocks/{i}/{name}/gamma", np.ones(b["dim"], np.float32)
+                )
+        if spec.num_classes and spec.pool != "cls_gap":  # their head also reads the other half
+            kernel = params[f"{HEAD}/kernel"]
+            halves = [kernel, np.zeros_like(kernel)]
+            order = 1 if spec.pool == "cls" else -1
+            params[f"{HEAD}/kernel"] = np.concatenate(halves[::order])
+    return params
+
+
+def reduce(params: Params, spec: Spec) -> Params:
+    """The inverse of `expand`, for a folder that one of our models was written to."""
+    params = dict(params)
+    if spec.backbone["pos_embed"] == "sincos2d":
+        params.pop("backbone/pos_embed", None)
+    if not spec.backbone["layer_scale"]:
+        params = {name: x for name, x in params.items() if not name.endswith("/gamma")}
+    kernel = params.get(f"{HEAD}/kernel")
+    if kernel is not None and len(kernel) == 2 * spec.backbone["dim"] and spec.pool != "cls_gap":
+        first, second = np.split(kernel, 2)
+        params[f"{HEAD}/kernel"] = first if spec.pool == "cls" else second
+    return params
+
+
+def export(params: Params, spec: Spec) -> tuple[Params, dict[str, Any], dict[str, Any]]:
+    """(arrays, config.json, preprocessor_config.json) of a model.
+
+    Raises:
+      ValueError: transformers has no class that computes this.
+    """
+    target = choose(spec)
+    params = expand(params, spec, target)
+    arrays = write(target.layout, params, num_heads=spec.backbone["num_heads"])
+    if target is DEIT_TEACHER:
+        renames = {f"classifier.{leaf}": f"cls_classifier.{leaf}" for leaf in ("weight", "bias")}
+        arrays = {renames.get(name, name): array for name, array in arrays.items()}
+    heads = ("classifier.", "cls_classifier.", "distillation_classifier.")
+    arrays = {
+        name if name.startswith(heads) else target.prefix + name: array
+        for name, array in arrays.items()
+    }
+    return arrays, _config(spec, target), preprocessor(spec)
+
+
+def _config(spec: Spec, target: Target) -> dict[str, Any]:
+    b = spec.backbone
+    activation = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[b["activation"]]
+    vision = {
+        "hidden_size": b["dim"],
+        "num_hidden_layers": b["depth"],
+        "num_attention_heads": b["num_heads"],
+        "hidden_act": activation,
+        "layer_norm_eps": b["norm_eps"],
+        "image_size": _side(b["image_size"]),
+        "patch_size": _side(b["patch_size"]),
+        "num_channels": 3,
+    }
+    if target.layout is HF_DINOV2:
+        vision |= {"mlp_ratio": _mlp_ratio(b), "use_swiglu_ffn": b["mlp"] == "swiglu"}
+        vision |= {"layerscale_value": 1.0}
+        if b["num_reg_tokens"]:
+            vision["num_register_tokens"] = b["num_reg_tokens"]
+    else:
+        vision["intermediate_size"] = b["mlp_dim"]
+    if target.layout is HF_SIGLIP:
+        vision["vision_use_head"] = spec.pool == "map"
+    else:
+        vision["qkv_bias"] = b["qkv_bias"]
+    config = {"architectures": [target.architecture], "model_type": target.model_type}
+    if target is SIGLIP:
+        config |= {"vision_config": vision | {"model_type": SIGLIP_MODEL.model_type}}
+    else:
+        config |= vision
+    if spec.num_classes:
+        names = spec.class_names or [f"class {i}" for i in range(spec.num_classes)]
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+    # transformers passes this over; it makes the way back exact.
+    return config | {"dtype": "float32", "vit_jax": spec.to_json()}
+
+
+def _side(size: tuple[int, int]) -> int | list[int]:
+    return size[0] if size[0] == size[1] else list(size)
+
+
+def _mlp_ratio(b: Mapping[str, Any]) -> int:
+    """Dinov2's config has a whole ratio; its SwiGLU keeps two thirds, rounded up to eights."""
+    for ratio in range(1, 17):
+        hidden = b["dim"] * ratio
+        if b["mlp"] == "swiglu":
+            hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        if hidden == b["mlp_dim"]:
+            return ratio
+    raise _no_class(f"mlp_dim={b['mlp_dim']} at dim={b['dim']}")
+
+
+def preprocessor(spec: Spec) -> dict[str, Any]:
+    """preprocessor_config.json: resize to the model's size, then normalise."""
+    height, width = spec.backbone["image_size"]
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+    }
+
+
+def run(folder: epath.Path, model: Model, images: np.ndarray) -> Answer:
+    """What transformers answers on uint8 images, by the class that the folder names.
+
+    Raises:
+      ImportError: transformers or torch is missing.
+    """
+    import torch
+    import transformers
+
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    target = next(t for t in TARGETS if t.architecture == architecture)
+    auto = transformers.AutoModelForImageClassification
+    if target in FEATURES:
+        auto = transformers.AutoModel
+    pixels = np.asarray(model.preprocess(jnp.asarray(images))).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        made = auto.from_pretrained(str(folder)).eval()
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+        backbone = dict(made.named_children()).get(target.prefix.rstrip("."), made)
+        answer = backbone(pixels)
+        tokens = answer.last_hidden_state.numpy()
+        logits = made(pixels).logits.numpy() if target not in FEATURES else tokens
+        if target in FEATURES and not isinstance(model.pool, AllTokens):
+            logits = answer.pooler_output.numpy()
+    return Answer(f"{version('transformers')}, {version('torch')}", logits, tokens)

@@ -1,0 +1,239 @@
+"""`vit_jax.load(path)`: a model ready to call, from whatever holds its weights."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from vit_jax.interop import files, huggingface, npz, timm
+from vit_jax.interop.facts import Facts
+from vit_jax.interop.layouts import BIG_VISION, GOOGLE, LAYOUTS, TIMM
+from vit_jax.interop.resample import resize_patch_kernel, resize_positions
+from vit_jax.interop.spec import Spec, fill, infer_backbone, make_model
+from vit_jax.interop.tables import Layout, Params, Report, read, recognise
+from vit_jax.models.model import Model
+
+OWN = "vit_jax"
+
+
+@dataclasses.dataclass
+class Source:
+    """A model as it was read: what it is, its numbers, and what became of every array."""
+
+    spec: Spec
+    params: Params
+    report: Report
+
+
+def load(
+    path: epath.PathLike,
+    *,
+    image_size: tuple[int, int] | None = None,
+    patch_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    num_heads: int | None = None,
+    step: int | None = None,
+) -> Model:
+    """The model of a run, an export, a Hugging Face or timm folder, a `.safetensors` or `.npz`.
+
+    `model(images)` answers float32 logits; without a head what the original answers: the pooled
+    output, else the tokens. Float images are taken as already normalised, uint8 ones are
+    preprocessed as the weights want it.
+
+    Args:
+      path: a workdir (or one of its checkpoints), a folder or a file.
+      image_size: another height and width: the position table is resampled.
+      patch_size: another one: the patch embedding is resized.
+      num_classes: another number of classes: a new head, its logits zero.
+      num_heads: where the file does not tell; by default 64 channels a head.
+      step: which checkpoint of a run; the newest by default.
+
+    Raises:
+      FileNotFoundError: nothing there.
+      ValueError: no known layout, a damaged file, weights that do not make one model.
+    """
+    source = read_source(path, num_heads=num_heads, image_size=image_size, step=step)
+    source = adapt(source, image_size=image_size, patch_size=patch_size, num_classes=num_classes)
+    return fill(make_model(source.spec), source.params)
+
+
+def read_source(
+    path: epath.PathLike,
+    *,
+    num_heads: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    step: int | None = None,
+) -> Source:
+    """Reads and renames; see `load`. `image_size` only helps where the table is no square."""
+    path = epath.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    run = _run_of(path)
+    if run is not None:
+        from vit_jax.interop.runs import read_run  # training's libraries, only for its runs
+
+        return Source(*read_run(run[0], step=step if run[1] is None else run[1]))
+    if path.is_dir():
+        arrays, folder = files.read_folder(path), path
+        single = path / files.SINGLE
+    else:
+        arrays, folder, single = files.read_arrays(path), path.parent, path
+    if single.suffix == ".safetensors" and single.exists():
+        metadata = files.safetensors_metadata(single)
+        if metadata.get("format") == OWN:
+            return _own(arrays, metadata, single)
+    config, preprocessor = {}, {}
+    if path.is_dir() or path.name == files.SINGLE:
+        config = _optional_json(folder / "config.json")
+        preprocessor = _optional_json(folder / "preprocessor_config.json")
+    hints = {"num_heads": num_heads, "image_size": image_size}
+    try:
+        return _foreign(arrays, config, preprocessor, hints)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _foreign(
+    arrays: files.Arrays,
+    config: Mapping[str, Any],
+    preprocessor: Mapping[str, Any],
+    hints: Mapping[str, Any],
+) -> Source:
+    arrays = timm.fuse(npz.unscan(arrays))
+    layout = recognise(list(arrays), LAYOUTS)
+    given = len(arrays)
+    _, arrays = layout.normalise(arrays)
+    if len(arrays) < given:
+        raise ValueError(f"{given - len(arrays)} arrays have the same name under {layout.name}.")
+    params, report = read(layout, arrays)
+    facts = _facts(layout, config, preprocessor, params, arrays)
+    report.notes += facts.notes
+    for name, why in facts.dropped.items():
+        params.pop(name)
+        report.unexpected.append(f"{name}: {why}")
+    if "vit_jax" in config:  # one of our own models
+        spec = Spec.from_json(config["vit_jax"], "config.json")
+        params, _, _ = infer_backbone(params, _known(spec.backbone))
+        return Source(spec, huggingface.reduce(params, spec), report)
+    known = facts.known | {key: value for key, value in hints.items() if value is not None}
+    if hints["image_size"] and "backbone/pos_embed" in params:
+        known["image_size"] = _size_of_table(params, facts.known, hints["image_size"])
+    params, backbone, notes = infer_backbone(params, known)
+    report.notes += notes
+    head, hidden = params.get("head/fc/kernel"), params.get("head/pre_logits/kernel")
+    spec = Spec(
+        backbone=backbone,
+        pool=facts.pool,
+        num_classes=0 if head is None else head.shape[1],
+        hidden_dim=0 if hidden is None else hidden.shape[1],
+        mean=facts.mean,
+        std=facts.std,
+        class_names=facts.class_names,
+    )
+    return Source(spec, params, report)
+
+
+def _known(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: backbone[key] for key in ("num_heads", "image_size")}
+
+
+def _facts(layout: Layout, config, preprocessor, params: Params, arrays) -> Facts:
+    if layout in (GOOGLE, BIG_VISION):
+        return npz.facts(params, arrays)
+    if layout is TIMM:
+        return timm.facts(config, params, arrays)
+    return huggingface.facts(layout, config, preprocessor, params)
+
+
+def _own(arrays: files.Arrays, metadata: Mapping[str, str], path: epath.Path) -> Source:
+    spec = Spec.from_json(metadata.get("spec", ""), path)
+    report = Report(layout="vit_jax", matched=len(arrays))
+    return Source(spec, arrays, report)
+
+
+def adapt(
+    source: Source,
+    *,
+    image_size: tuple[int, int] | None = None,
+    patch_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+) -> Source:
+    """The model in another shape; what was resampled, resized or replaced is in the report."""
+    spec, params, report = source.spec, dict(source.params), source.report
+    backbone = dict(spec.backbone)
+    old_grid = _grid(backbone)
+    if patch_size is not None and tuple(patch_size) != backbone["patch_size"]:
+        name = "backbone/patch_embed/kernel"
+        params[name] = resize_patch_kernel(params[name], tuple(patch_size))
+        report.reshaped.append(
+            f"{name}: patches of {backbone['patch_size']} -> {tuple(patch_size)}, pseudo-inverse"
+        )
+        backbone["patch_size"] = tuple(patch_size)
+    if image_size is not None:
+        backbone["image_size"] = tuple(image_size)
+    grid, name = _grid(backbone), "backbone/pos_embed"
+    if grid != old_grid and name in params:
+        prefix = backbone["cls_token"] + backbone["dist_token"]
+        params[name] = resize_positions(params[name], old_grid, grid, num_prefix=prefix)
+        report.reshaped.append(f"{name}: a grid of {old_grid} -> {grid}, antialiased bicubic")
+    spec = dataclasses.replace(spec, backbone=backbone)
+    if num_classes is not None and num_classes != spec.num_classes:
+        spec, params = _new_head(spec, params, num_classes, report)
+    return Source(spec, params, report)
+
+
+def _new_head(spec: Spec, params: Params, num_classes: int, report: Report):
+    old = [name for name in params if name.startswith(("head/fc/", "head/fc_dist/"))]
+    for name in old:
+        array = params.pop(name)
+        if num_classes:
+            params[name] = np.zeros((*array.shape[:-1], num_classes), np.float32)
+    if not num_classes:
+        params = {name: x for name, x in params.items() if not name.startswith("head/")}
+    elif not old:
+        width = spec.backbone["dim"] * (2 if spec.pool == "cls_gap" else 1)
+        params["head/fc/kernel"] = np.zeros((width, num_classes), np.float32)
+        params["head/fc/bias"] = np.zeros(num_classes, np.float32)
+    report.reshaped.append(f"head: {spec.num_classes} classes -> {num_classes}, its logits zero")
+    hidden = spec.hidden_dim if num_classes else 0
+    new = dataclasses.replace(spec, class_names=(), num_classes=num_classes, hidden_dim=hidden)
+    return new, params
+
+
+def _grid(backbone: Mapping[str, Any]) -> tuple[int, int]:
+    sides = list(zip(backbone["image_size"], backbone["patch_size"], strict=True))
+    if any(side % patch or side < patch for side, patch in sides):
+        raise ValueError(
+            f"image_size={backbone['image_size']} must be a multiple of "
+            f"patch_size={backbone['patch_size']}."
+        )
+    return tuple(side // patch for side, patch in sides)
+
+
+def _size_of_table(params: Params, known: Mapping[str, Any], wanted) -> tuple[int, int] | None:
+    """The size that the source's table is for: its own, else the wanted one if that fits."""
+    if known.get("image_size"):
+        return known["image_size"]
+    rows = len(params["backbone/pos_embed"])
+    patch = params["backbone/patch_embed/kernel"].shape[:2]
+    count = (wanted[0] // patch[0]) * (wanted[1] // patch[1])
+    return tuple(wanted) if 0 <= rows - count <= 2 else None
+
+
+def _optional_json(path: epath.Path) -> dict[str, Any]:
+    return files.read_json(path) if path.exists() else {}
+
+
+def _run_of(path: epath.Path) -> tuple[epath.Path, int | None] | None:
+    """(workdir, step) of a workdir, of its checkpoints, or of one of them; else None."""
+    candidates = [(path, None), (path.parent, None)]
+    if path.name.isdigit():
+        candidates.append((path.parent.parent, int(path.name)))
+    for workdir, step in candidates:
+        if (workdir / "checkpoints").is_dir() and (workdir / "config.json").exists():
+            if workdir != path and "checkpoints" not in path.parts:
+                continue
+            return workdir, step
+    return None

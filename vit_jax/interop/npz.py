@@ -1,0 +1,76 @@
+"""What google's `.npz` files do not say but their code does, and what one of ours becomes there."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from vit_jax.interop.facts import Facts
+from vit_jax.interop.layouts import BIG_VISION, GOOGLE
+from vit_jax.interop.spec import Spec
+from vit_jax.interop.tables import Layout, Params, write
+
+SCANNED = re.compile(r"(.*Transformer/encoderblock)/(.*)")
+
+
+def unscan(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """big_vision's scanned blocks, stacked on a leading axis, as single ones."""
+    out = {}
+    for name, array in arrays.items():
+        if match := SCANNED.fullmatch(name):
+            out |= {f"{match[1]}_{i}/{match[2]}": part for i, part in enumerate(array)}
+        else:
+            out[name] = array
+    return out
+
+
+def facts(params: Params, arrays: Mapping[str, np.ndarray]) -> Facts:
+    """Of arrays by the table's names: heads are an axis, the rest is the code's.
+
+    Both codes use JAX's GELU (tanh form), an epsilon of 1e-6, pixels in [-1, 1]; big_vision's GAP
+    models have fixed sincos2d positions where they keep no table.
+    """
+    heads = [x.shape[-2] for name, x in arrays.items() if name.endswith("_0/query/kernel")]
+    heads += [x.shape[-2] for name, x in arrays.items() if name.endswith("_1/query/kernel")]
+    pool = "cls" if "backbone/cls_token" in params else "gap"
+    if "pool/probe" in params:
+        pool = "map"
+    known = {
+        "num_heads": heads[0] if heads else None,
+        "activation": "gelu_tanh",
+        "norm_eps": 1e-6,
+        "pos_embed": None if "backbone/pos_embed" in params else "sincos2d",
+    }
+    return Facts(pool=pool, known=known)
+
+
+def export(params: Params, spec: Spec) -> Params:
+    """Arrays in google's names: vision_transformer's, or big_vision's for what only it has.
+
+    Raises:
+      ValueError: there is no name for a part, or the code there computes something else.
+    """
+    wanted = {"activation": "gelu_tanh", "norm_eps": 1e-6, "norm": "layernorm", "final_norm": True}
+    wanted |= {"parallel": False, "mlp": "mlp"}
+    for key, value in wanted.items():
+        if spec.backbone[key] != value:
+            raise ValueError(
+                f"google's code has {key}={value!r}, this model {key}={spec.backbone[key]!r}; "
+                "use --format=safetensors."
+            )
+    pools = ("map", "cls") if spec.backbone["cls_token"] else ("map", "gap")
+    if spec.pool not in pools:
+        raise ValueError(
+            f"google's models with cls_token={spec.backbone['cls_token']} pool by {pools}, not by "
+            f"{spec.pool!r}; use --format=safetensors."
+        )
+    layout, heads = _layout(spec), spec.backbone["num_heads"]
+    return write(layout, params, num_heads=heads)
+
+
+def _layout(spec: Spec) -> Layout:
+    """vision_transformer's code has a table with a row for the class token, and no MAP head."""
+    learned = spec.backbone["pos_embed"] == "learned"
+    if spec.pool in ("cls", "gap") and learned:
+        return GOOGLE
+    return BIG_VISION

@@ -1,0 +1,56 @@
+"""Models of our own training runs."""
+
+import contextlib
+
+import jax
+import numpy as np
+from etils import epath
+
+from vit_jax.checkpoint import Checkpoints
+from vit_jax.config import load_run_config
+from vit_jax.data.sources import DatasetInfo
+from vit_jax.interop.spec import params_of, spec_of
+from vit_jax.interop.tables import Report
+
+
+def read_run(workdir: epath.Path, *, step: int | None = None) -> tuple:
+    """(spec, params, report) of a checkpoint: of the averaged parameters where there are any.
+
+    Neither the dataset nor the devices of the run are needed.
+
+    Raises:
+      FileNotFoundError: no checkpoint, or not that one.
+      ValueError: it does not fit its config.
+    """
+    from vit_jax.train import abstract_state, make_parts
+
+    config = load_run_config(workdir)
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    with contextlib.closing(checkpoints):
+        steps = checkpoints.steps()
+        if not steps or step not in (None, *steps):
+            found = ", ".join(map(str, steps)) or "none"
+            raise FileNotFoundError(f"no checkpoint {step or ''} in {workdir}; there are: {found}.")
+        step = steps[-1] if step is None else step
+        meta = checkpoints.meta(step)
+        parts, init = make_parts(config, _info(meta))
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+        state, _ = checkpoints.restore(step, abstract_state(init, mesh))
+    model = parts.model(state)
+    params = params_of(model)
+    report = Report(layout=f"vit_jax checkpoint {step}", matched=len(params))
+    return spec_of(model, tuple(meta["dataset"]["class_names"])), params, report
+
+
+def _info(meta: dict) -> DatasetInfo:
+    """The dataset as the checkpoint remembers it."""
+    dataset, preprocess = meta["dataset"], meta["preprocess"]
+    return DatasetInfo(
+        name=dataset["name"],
+        path=epath.Path(dataset["name"]),
+        splits=dataset["splits"],
+        class_names=tuple(dataset["class_names"]),
+        fingerprint=dataset["fingerprint"],
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+    )

@@ -1,0 +1,298 @@
+"""What a model is without its numbers: read off arrays or a module, kept as JSON, built again."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vit_jax.checkpoint import STACKED, unstack
+from vit_jax.interop.pools import make_any_pool, pool_name
+from vit_jax.interop.tables import Params, depth_of
+from vit_jax.models.heads import Head, make_head
+from vit_jax.models.model import Model
+from vit_jax.models.vit import VisionTransformer
+from vit_jax.preprocess import HALF, Preprocess
+from vit_jax.tree import named_leaves
+
+FORMAT_VERSION = 1
+HEAD_DIM = 64  # of every published ViT but a few; what is taken where no file tells the heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A model without its numbers.
+
+    Attributes:
+      backbone: `VisionTransformer`'s keyword arguments.
+      pool: `make_pool`'s name.
+      num_classes: 0 for no head.
+      hidden_dim: of the head's hidden layer, 0 for none.
+      mean, std: of the preprocessing, in units where white is 1.
+      class_names: in the order of the logits; empty if nobody knows them.
+    """
+
+    backbone: dict[str, Any]
+    pool: str
+    num_classes: int = 0
+    hidden_dim: int = 0
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(
+                f"there are {len(self.class_names)} class names but {self.num_classes} logits; "
+                "make them as many."
+            )
+
+    def to_json(self) -> str:
+        """One line, with the version of the format."""
+        return json.dumps({"version": FORMAT_VERSION} | dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str, source: Any) -> "Spec":
+        """The inverse; `source` is for messages.
+
+        Raises:
+          ValueError: written by a newer vit_jax, or no spec.
+        """
+        try:
+            values = json.loads(text)
+            version = values.pop("version")
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{source}: its description of the model is damaged.") from error
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"{source} was written by a newer vit_jax (format {version}, this one reads up to "
+                f"{FORMAT_VERSION}); upgrade: pip install -U vit-jax."
+            )
+        try:
+            return cls(**{key: _tuples(value) for key, value in values.items()})
+        except TypeError as error:
+            raise ValueError(f"{source}: its description of the model is damaged.") from error
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _tuples(part) for key, part in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def infer_backbone(params: Params, known: Mapping[str, Any]) -> tuple[Params, dict, list[str]]:
+    """`VisionTransformer`'s arguments from shapes.
+
+    Args:
+      params: by our names.
+      known: arguments that the source tells; None values count as not told.
+
+    Returns:
+      The parameters with a position row for every prefix token (zeros where the source adds
+      none), the arguments, and notes of what was assumed.
+
+    Raises:
+      ValueError: the arrays are not those of one Vision Transformer.
+    """
+    known = {key: value for key, value in known.items() if value is not None}
+    for name in ("backbone/patch_embed/kernel", "backbone/blocks/0/mlp/fc2/kernel"):
+        if name not in params:
+            raise ValueError(
+                f"there is nothing for {name}: no Vision Transformer, or a part of one."
+            )
+    *patch_size, channels, dim = params["backbone/patch_embed/kernel"].shape
+    if channels != 3:
+        raise ValueError(f"the patch embedding takes {channels} channels; only 3 are supported.")
+    block = {k.split("/", 3)[3]: v for k, v in params.items() if k.startswith("backbone/blocks/0/")}
+    hidden = block["mlp/fc2/kernel"].shape[0]
+    options = {
+        "patch_size": tuple(patch_size),
+        "dim": dim,
+        "depth": depth_of(params),
+        "mlp_dim": hidden,
+        "cls_token": "backbone/cls_token" in params,
+        "dist_token": "backbone/dist_token" in params,
+        "num_reg_tokens": len(params.get("backbone/reg_tokens", ())),
+        "mlp": "swiglu" if block["mlp/fc1/kernel"].shape[1] == 2 * hidden else "mlp",
+        "norm": "layernorm" if "norm1/bias" in block else "rmsnorm",
+        "qk_norm": "attn/q_norm/scale" in block,
+        "qkv_bias": "attn/qkv/bias" in block,
+        "parallel": "norm2/scale" not in block,
+        "layer_scale": 1.0 if "ls1/gamma" in block else 0.0,
+        "final_norm": "backbone/norm/scale" in params,
+    }
+    notes = []
+    if "num_heads" not in known:
+        options["num_heads"], note = _guess_heads(dim)
+        notes.append(note)
+    params, places, more = _place(params, options, known)
+    return params, options | places | known | {"image_size": places["image_size"]}, notes + more
+
+
+def _guess_heads(dim: int) -> tuple[int, str]:
+    if dim % HEAD_DIM:
+        raise ValueError(f"dim={dim} is no multiple of {HEAD_DIM}: tell the heads by --num_heads.")
+    heads = dim // HEAD_DIM
+    return heads, f"num_heads={heads}: {HEAD_DIM} channels a head, as is the custom; or --num_heads"
+
+
+def _place(params, options, known) -> tuple[Params, dict[str, Any], list[str]]:
+    """The table with all its rows, image_size and pos_embed."""
+    patch = options["patch_size"]
+    size = known.get("image_size")
+    if "backbone/pos_embed" not in params:
+        kind = known.get("pos_embed", "none")
+        notes = [] if size else [f"image_size=224: no table tells it; pos_embed={kind!r}"]
+        side = [max(224 // p, 1) * p for p in patch]
+        return params, {"image_size": tuple(size or side), "pos_embed": kind}, notes
+    table = params["backbone/pos_embed"]
+    prefix = options["cls_token"] + options["dist_token"]
+    registers = options["num_reg_tokens"]
+    grids = [tuple(s // p for s, p in zip(size, patch, strict=True))] if size else []
+    counts = {prefix + registers: "with registers", prefix: "", 0: "bare"}
+    for rows in counts:
+        side = math.isqrt(max(len(table) - rows, 0))
+        square = bool(side) and side * side == len(table) - rows
+        grid = next((g for g in grids if math.prod(g) == len(table) - rows), None)
+        if grid is None and not square:
+            continue
+        grid = grid or (side, side)
+        table = _all_rows(params, table, prefix, registers if rows > prefix else 0, rows)
+        places = {
+            "image_size": tuple(g * p for g, p in zip(grid, patch, strict=True)),
+            "pos_embed": "learned",
+        }
+        return params | {"backbone/pos_embed": table}, places, []
+    raise ValueError(
+        f"the position table of {len(table)} rows is no square grid with {prefix} prefix tokens; "
+        "tell the image's height and width by --image_size."
+    )
+
+
+def _all_rows(params, table, prefix, registers, rows) -> np.ndarray:
+    """[prefix + patches, dim]; rows of registers must be zero, missing ones become zero."""
+    if registers:
+        if np.any(table[prefix : prefix + registers]):
+            raise ValueError("the registers have positions of their own; that is not supported.")
+        return np.concatenate([table[:prefix], table[prefix + registers :]])
+    if rows or not prefix:
+        return table
+    return np.concatenate([np.zeros((prefix, table.shape[1]), table.dtype), table])
+
+
+def make_model(spec: Spec) -> Model:
+    """The module without numbers: its leaves are `jax.ShapeDtypeStruct`s."""
+
+    def make() -> Model:
+        rngs = nnx.Rngs(0)
+        backbone = VisionTransformer(**spec.backbone, rngs=rngs)
+        pool = make_any_pool(spec.pool, backbone, rngs=rngs)
+        head = None
+        if spec.num_classes:
+            width = backbone.dim * (2 if spec.pool == "cls_gap" else 1)
+            options = {"hidden_dim": spec.hidden_dim, "rngs": rngs}
+            head = make_head(spec.pool, width, spec.num_classes, **options)
+        return Model(backbone, pool, head, Preprocess(spec.mean, spec.std))
+
+    return nnx.eval_shape(make)
+
+
+def params_of_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Our name -> shape of a model that does not scan."""
+    return {name: tuple(leaf.shape) for name, leaf in _leaves(model).items()}
+
+
+def fill(model: Model, params: Mapping[str, np.ndarray]) -> Model:
+    """The module with these numbers.
+
+    Raises:
+      ValueError: parameters are missing, left over, or of another shape; all are named.
+    """
+    leaves = _leaves(model)
+    params = _stacked(params, leaves)
+    wanted = {name: tuple(x.shape) for name, x in leaves.items()}
+    wrong = [f"{name} is missing" for name in wanted.keys() - params.keys()]
+    wrong += [f"{name} is left over" for name in params.keys() - wanted.keys()]
+    wrong += [
+        f"{name} is {params[name].shape}, wanted {wanted[name]}"
+        for name in wanted.keys() & params.keys()
+        if params[name].shape != wanted[name]
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"the weights do not fit the model: {'; '.join(sorted(wrong)[:5])}{more}.")
+    graphdef, state = nnx.split(model)
+    tree = nnx.to_pure_dict(state)
+    arrays = [jnp.asarray(params[name], leaf.dtype) for name, leaf in leaves.items()]
+    return nnx.merge(graphdef, jax.tree.unflatten(jax.tree.structure(tree), arrays))
+
+
+def params_of(model: Model) -> Params:
+    """A model's arrays by our names, on the host, blocks unstacked."""
+    return {name: np.asarray(x) for name, x in unstack(_leaves(model)).items()}
+
+
+def spec_of(model: Model, class_names: tuple[str, ...] = ()) -> Spec:
+    """What a module is.
+
+    Raises:
+      ValueError: it pools in a way that has no name.
+    """
+    backbone, head = model.backbone, model.head
+    num_classes = 0 if head is None else head.fc.kernel.shape[-1]
+    hidden = head.pre_logits if isinstance(head, Head) else None
+    return Spec(
+        backbone=_arguments(backbone),
+        pool=pool_name(model.pool),
+        num_classes=num_classes,
+        hidden_dim=0 if hidden is None else hidden.kernel.shape[-1],
+        mean=tuple(model.preprocess.mean),
+        std=tuple(model.preprocess.std),
+        class_names=tuple(class_names),
+    )
+
+
+def _arguments(vit: VisionTransformer) -> dict[str, Any]:
+    """What decides the numbers; how they are computed (scan, remat, dtype, drop rates) does not."""
+    block = vit.blocks if vit.scan else vit.blocks[0]
+    return {
+        "image_size": vit.image_size,
+        "patch_size": vit.patch_size,
+        "dim": vit.dim,
+        "depth": vit.depth,
+        "num_heads": vit.num_heads,
+        "mlp_dim": vit.mlp_dim,
+        "cls_token": vit.cls_token is not None,
+        "dist_token": vit.dist_token is not None,
+        "num_reg_tokens": 0 if vit.reg_tokens is None else vit.reg_tokens.shape[0],
+        "pos_embed": vit.pos_kind,
+        "mlp": vit.mlp_kind,
+        "activation": vit.activation,
+        "norm": vit.norm_kind,
+        "norm_eps": vit.norm_eps,
+        "qk_norm": block.attn.q_norm is not None,
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "parallel": block.norm2 is None,
+        "layer_scale": 0.0 if block.ls1 is None else 1.0,
+        "final_norm": vit.norm is not None,
+    }
+
+
+def _leaves(model: Model) -> dict[str, Any]:
+    return named_leaves(nnx.to_pure_dict(nnx.state(model)))
+
+
+def _stacked(params: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> Params:
+    """Blocks stacked where the model scans over them."""
+    out = dict(params)
+    for name, leaf in leaves.items():
+        if match := STACKED.match(name):
+            parts = [f"{match[1]}/{i}/{match[2]}" for i in range(leaf.shape[0])]
+            if all(part in out for part in parts):
+                out[name] = np.stack([out.pop(part) for part in parts])
+    return out
