@@ -33,12 +33,29 @@ MAY_IMPORT = {
     "checkpoint": {"jax", "flax", "orbax", "tree"},
     "runtime": {"jax"},
     "workdir": {"jax", "config", "data", "metrics"},
+    "interop": {
+        *(
+            "jax",
+            "flax",
+            "models",
+            "preprocess",
+            "checkpoint",
+            "config",
+            "data",
+            "tree",
+            "spelling",
+        ),
+    },
 }
 HEAVY = {
     *("jax", "flax", "optax", "orbax", "grain", "tensorboardX", "tensorflow_datasets"),
     *("tensorflow", "torch", "sklearn"),
 }
-LATE = {"data": {"sklearn", "tensorflow"}, "config": {"data"}}  # inside a function, when needed
+LATE = {
+    "data": {"sklearn", "tensorflow"},
+    "config": {"data"},
+    "interop": {"train", "torch"},
+}  # inside a function, when needed
 
 
 def part_of(path: pathlib.Path) -> str:

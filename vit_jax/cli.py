@@ -27,11 +27,32 @@ def _evaluate(argv: list[str]) -> int:
     return evaluate.main(argv)
 
 
+def _import(argv: list[str]) -> int:
+    from vit_jax.commands import import_
+
+    return import_.main(argv)
+
+
+def _export(argv: list[str]) -> int:
+    from vit_jax.commands import export
+
+    return export.main(argv)
+
+
+def _inspect(argv: list[str]) -> int:
+    from vit_jax.commands import inspect
+
+    return inspect.main(argv)
+
+
 # Imported when called: `vit-jax --help` need not wait for jax.
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "prepare": (_prepare, "makes a dataset"),
     "train": (_train, "trains a model, or resumes"),
     "evaluate": (_evaluate, "evaluates a checkpoint"),
+    "import": (_import, "reads weights from elsewhere"),
+    "export": (_export, "writes weights for elsewhere"),
+    "inspect": (_inspect, "says what is in a checkpoint"),
 }
 
 

@@ -43,3 +43,13 @@ def _unknown(name: str, known: Sequence[str]) -> str:
     if near:
         return f"unknown flag --{name}; did you mean --{near[0]}?"
     return f"unknown flag --{name}; there are {', '.join('--' + each for each in known)}"
+
+
+def parse_size(name: str, text: str | None) -> tuple[int, int] | None:
+    """Height and width of '224' or '224x128'; None stays None."""
+    if not text:
+        return None
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise ValueError(f"--{name}={text} must be in pixels, like 224 or 224x128.")
+    return int(sides[0]), int(sides[-1])

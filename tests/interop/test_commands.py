@@ -1,0 +1,129 @@
+"""`vit-jax import`, `export` and `inspect`: what they print and leave, and how they refuse."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from etils import epath
+
+import vit_jax
+from tests.interop.models import images, source, spec
+from vit_jax import cli
+from vit_jax.interop import files, timm
+from vit_jax.interop.certificate import fixed_images
+from vit_jax.interop.export import write_own
+
+
+@pytest.fixture
+def own(tmp_path):
+    path = epath.Path(tmp_path / "own.safetensors")
+    write_own(source(spec(pool="cls", cls_token=True)), path)
+    return path
+
+
+def vit(*argv) -> int:
+    return cli.main(list(map(str, argv)))
+
+
+def test_import(tmp_path, capsys):
+    made = source(spec(pool="cls", cls_token=True, activation="gelu", names=False))
+    arrays, _ = timm.export(made.params, made.spec)
+    path = epath.Path(tmp_path / "w.safetensors")
+    files.write_safetensors(path, arrays | {"stray": np.zeros(2, np.float32)}, {})
+    flags = "import", f"--source={path}", f"--out={tmp_path}/in", "--num_heads=3"
+    assert vit(*flags) == 0
+    printed = capsys.readouterr().out
+    assert f"layout timm: {len(arrays)} arrays taken" in printed
+    assert "unexpected: stray: no row of the table" in printed
+    assert "normalisation by 0.5" in printed
+    assert json.loads((tmp_path / "in" / "import.json").read_text())["unexpected"]
+    assert vit_jax.load(tmp_path / "in")(images()).shape == (2, 5)
+    assert vit(*flags) == 1 and "add --overwrite" in capsys.readouterr().err
+    assert vit(*flags, "--overwrite", "--image_size=32x16", "--num_classes=2") == 0
+    assert "reshaped: backbone/pos_embed: a grid of (4, 4) -> (8, 4)" in capsys.readouterr().out
+    assert vit_jax.load(tmp_path / "in")(images(size=(32, 16))).shape == (2, 2)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "npz", "stablehlo"])
+def test_export_with_a_certificate(own, tmp_path, format, capsys):
+    if format == "stablehlo":
+        pytest.importorskip("flatbuffers")
+    out = tmp_path / f"out.{format}"
+    assert vit("export", f"--model={own}", f"--format={format}", f"--out={out}") == 0
+    printed = capsys.readouterr().out
+    digest = files.sha256(epath.Path(out))
+    assert f"out.{format}  sha256 {digest}" in printed
+    found = json.loads((tmp_path / f"out.{format}.certificate.json").read_text())
+    assert found["sha256"] == {out.name: digest} and found["inputs"]["seed"] == 0
+    assert found["logits"]["max_abs_difference"] < 1e-4
+    assert f"{found['logits']['max_abs_difference']:.3g}" in printed
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_a_target_that_is_not_installed_is_said(own, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    out = tmp_path / "folder"
+    assert vit("export", f"--model={own}", "--format=timm", f"--out={out}") == 0
+    assert re.search(r"not run: (timm|torch) is not installed", capsys.readouterr().out)
+    assert {p.name for p in out.iterdir()} == {
+        *("config.json", "model.safetensors", "preprocessor_config.json", "README.md"),
+        "certificate.json",
+    }
+
+
+def test_the_fixed_images_do_not_change():
+    pixels = fixed_images((4, 4))
+    assert pixels.shape == (2, 4, 4, 3) and pixels[0, 0, 0].tolist() == [95, 130, 194]
+
+
+def test_inspect(own, tmp_path, capsys):
+    assert vit("inspect", own) == 0
+    printed = capsys.readouterr().out
+    for words in ("format: vit_jax", "variant: custom/4", "num_classes: 5", "kind 0, kind 1"):
+        assert words in printed
+    assert re.search(r"backbone/blocks/1/attn/qkv/kernel +\[24, 72\]  float32  6912", printed)
+    assert vit("inspect", own, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["pool"] == "cls"
+    other = epath.Path(tmp_path / "other.safetensors")
+    changed = source(spec(pool="cls", cls_token=True, activation="gelu"))
+    changed.params["backbone/norm/bias"] = changed.params["backbone/norm/bias"] + 1
+    write_own(changed, other)
+    assert vit("inspect", own, f"--diff={other}") == 0
+    printed = capsys.readouterr().out
+    assert "backbone/norm/bias  largest difference 1" in printed
+    assert re.search("equal arrays: 3[0-9]", printed) and "gelu_tanh" in printed
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["import"], "--source is missing"),
+        (["import", "--source=x"], "--out is missing"),
+        (["import", "--source=nowhere", "--out=in"], "nowhere does not exist"),
+        (["import", "--source=w.pth", "--out=in"], "torch.load|does not exist"),
+        (["import", "--source=x", "--out=y", "--image_size=big"], "like 224 or 224x128"),
+        (["export", "--format=timm", "--out=x"], "either --workdir=DIR or --model=PATH"),
+        (["export", "--model=a", "--workdir=b", "--out=x"], "either --workdir"),
+        (["export", "--model=nowhere", "--out=x"], "--format is missing"),
+        (["export", "--model=nowhere", "--format=timm", "--out=x"], "nowhere does not exist"),
+        (["export", "--workdir=nowhere", "--format=timm", "--out=x"], "no checkpoint in nowhere"),
+        (["inspect"], "give one path"),
+        (["inspect", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_what_is_not_understood(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert vit(*argv) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and re.search(words, lines[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_format_and_an_existing_path(own, tmp_path, capsys):
+    assert vit("export", f"--model={own}", "--format=huggingfac", f"--out={tmp_path}/x") == 1
+    assert "did you mean 'huggingface'" in capsys.readouterr().err
+    (tmp_path / "x").write_text("precious")
+    assert vit("export", f"--model={own}", "--format=npz", f"--out={tmp_path}/x") == 1
+    assert "add --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "x").read_text() == "precious"

@@ -1,0 +1,44 @@
+"""StableHLO: a model as one file that runs without this package, on any platform of three."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from vit_jax.interop.certificate import Answer
+from vit_jax.models.model import Model
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def serialise(model: Model) -> bytes:
+    """uint8 images of any number -> logits, weights and preprocessing included.
+
+    It is read by `jax.export.deserialize(bytearray(…)).call(images)`.
+
+    Raises:
+      ImportError: flatbuffers, which serialising needs, is missing.
+    """
+    try:
+        import flatbuffers  # noqa: F401
+    except ImportError as error:
+        message = "stablehlo needs flatbuffers: pip install 'vit-jax[stablehlo]'."
+        raise ImportError(message, name="flatbuffers") from error
+    graphdef, state = nnx.split(model)
+    variables = nnx.to_pure_dict(state)
+
+    def answer(images: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, variables)(images)
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *model.backbone.image_size, 3), jnp.uint8)
+    return bytes(jax.export.export(jax.jit(answer), platforms=PLATFORMS)(images).serialize())
+
+
+def run(path: epath.Path, images: np.ndarray) -> Answer:
+    """What a serialised model answers here."""
+    exported = jax.export.deserialize(bytearray(path.read_bytes()))
+    return Answer(
+        f"jax {jax.__version__}, {jax.default_backend()}", np.asarray(exported.call(images))
+    )
