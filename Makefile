@@ -3,17 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all lint format constraints clean
+.PHONY: quickstart test test-all test-parity lint format constraints clean
 
 quickstart: $(VENV)/.base
 	test -d data/digits || $(BIN)/vit-jax prepare digits --data_dir=data
 	$(BIN)/vit-jax train --config=configs/digits.py --workdir=runs/digits
 
 test: $(VENV)/.test
-	$(BIN)/pytest -n 2 -m "not slow"
+	$(BIN)/pytest -n 2 -m "not slow and not parity"
 
 test-all: $(VENV)/.test
 	$(BIN)/pytest -n 2 -m slow
+
+# torch's CPU build exists for Python 3.11; where it cannot be installed this says so.
+test-parity: $(VENV)/.test
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,parity]' \
+		|| { echo "parity: not run, torch cannot be installed here"; exit 0; } \
+		&& $(BIN)/pytest -n 2 -m parity
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,0 +1,376 @@
+"""transformers' own models with random weights, beside ours: logits, every block, and back."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+from etils import epath
+
+from tests.interop.models import assert_close, draw
+from vit_jax.interop import files
+from vit_jax.interop.export import export
+from vit_jax.interop.layouts import HF_DINOV2, HF_SIGLIP, HF_VIT
+from vit_jax.interop.load import Source, read_source
+from vit_jax.interop.spec import fill, infer_backbone, make_model, params_of_shapes
+from vit_jax.interop.tables import read
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.parity
+
+SHAPE = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "num_labels": 5}
+VIT = SHAPE | {"intermediate_size": 96, "image_size": 32, "patch_size": 8}
+DINO = SHAPE | {"image_size": 28, "patch_size": 7, "mlp_ratio": 2}
+
+# name -> class, config class, its arguments.
+FAMILIES = {
+    "vit": ("ViTForImageClassification", "ViTConfig", VIT),
+    "vit_not_square": (
+        "ViTForImageClassification",
+        "ViTConfig",
+        VIT | {"image_size": (16, 48), "patch_size": (8, 12), "layer_norm_eps": 1e-5},
+    ),
+    "vit_features": ("ViTModel", "ViTConfig", VIT),
+    "vit_no_qkv_bias": ("ViTForImageClassification", "ViTConfig", VIT | {"qkv_bias": False}),
+    "deit": ("DeiTForImageClassification", "DeiTConfig", VIT),
+    "deit_distilled": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", VIT),
+    "mae": ("ViTMAEModel", "ViTMAEConfig", VIT | {"mask_ratio": 0.0}),
+    "dinov2": ("Dinov2ForImageClassification", "Dinov2Config", DINO),
+    "dinov2_features": ("Dinov2Model", "Dinov2Config", DINO),
+    "dinov2_swiglu": (
+        "Dinov2ForImageClassification",
+        "Dinov2Config",
+        DINO | {"use_swiglu_ffn": True, "mlp_ratio": 4},
+    ),
+    "dinov2_registers": (
+        "Dinov2WithRegistersForImageClassification",
+        "Dinov2WithRegistersConfig",
+        DINO | {"num_register_tokens": 3},
+    ),
+    "dinov2_registers_features": (
+        "Dinov2WithRegistersModel",
+        "Dinov2WithRegistersConfig",
+        DINO | {"num_register_tokens": 3},
+    ),
+    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", VIT),
+    "siglip_classifier": ("SiglipForImageClassification", "SiglipConfig", VIT),
+}
+EXPORTED = [name for name in FAMILIES if name not in ("mae", "siglip_classifier")]
+
+
+def make(name):
+    """A family's model with numbers that show every mistake."""
+    model_class, config_class, options = FAMILIES[name]
+    if config_class == "SiglipConfig":
+        labels = options["num_labels"]
+        vision = {key: value for key, value in options.items() if key != "num_labels"}
+        config = transformers.SiglipConfig(vision_config=vision, num_labels=labels)
+    else:
+        config = getattr(transformers, config_class)(**options)
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(config).eval()
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(draw(key, tuple(parameter.shape), rng)))
+    return model
+
+
+def pixels(size) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((2, *size, 3)).astype(np.float32)
+
+
+def theirs(model, images) -> dict[str, np.ndarray]:
+    """Output, tokens after the final norm and every block's output."""
+    found, hooks = {}, []
+    layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    for i, layer in enumerate(layers):
+
+        def keep(_, __, output, i=i):
+            found[f"block {i}"] = (output[0] if isinstance(output, tuple) else output).numpy()
+
+        hooks.append(layer.register_forward_hook(keep))
+    tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    options = {}
+    if "MAE" in type(model).__name__:  # it shuffles its patches: by nothing
+        patches = (images.shape[1] // 8) * (images.shape[2] // 8)
+        options["noise"] = torch.arange(patches).repeat(len(images), 1).float()
+    with torch.no_grad():
+        answer = model(tensor, **options)
+    for hook in hooks:
+        hook.remove()
+    output = answer.get("logits", answer.get("pooler_output"))
+    found["output"] = (answer.last_hidden_state if output is None else output).numpy()
+    return found
+
+
+def mine(source: Source, images) -> dict[str, np.ndarray]:
+    model = fill(make_model(source.spec), source.params)
+    depth = source.spec.backbone["depth"]
+    tokens, blocks = model.backbone.encode(model.backbone.embed(images), layers=range(depth))
+    found = {f"block {i}": np.asarray(block) for i, block in enumerate(blocks)}
+    return found | {"output": np.asarray(model(images)), "tokens": np.asarray(tokens)}
+
+
+def compare(source: Source, model) -> None:
+    images = pixels(source.spec.backbone["image_size"])
+    found, wanted = mine(source, images), theirs(model, images)
+    assert len(wanted) == source.spec.backbone["depth"] + 1
+    for what, tensor in wanted.items():
+        assert_close(found[what], tensor, what)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """name -> (model, folder), made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            model = make(name)
+            model.save_pretrained(folder)
+            made[name] = model, epath.Path(folder)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_import(saved, name):
+    model, folder = saved(name)
+    source = read_source(folder)
+    compare(source, model)
+    assert not source.report.missing
+    strange = [line for line in source.report.unexpected if "no row" in line]
+    assert not strange
+    if source.spec.num_classes:
+        assert source.spec.class_names == tuple(f"LABEL_{i}" for i in range(5))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_names_in_memory_are_read_too(saved, name, tmp_path):
+    """transformers 5 has other names inside than it writes."""
+    model, folder = saved(name)
+    path = epath.Path(tmp_path / files.SINGLE)
+    files.write_safetensors(path, {k: v.numpy() for k, v in model.state_dict().items()}, {})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    again, wanted = read_source(tmp_path), read_source(folder)
+    assert again.spec == wanted.spec
+    for key, array in wanted.params.items():
+        np.testing.assert_array_equal(again.params[key], array, err_msg=key)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export_back(saved, name, tmp_path):
+    _, folder = saved(name)
+    source = read_source(folder)
+    out = epath.Path(tmp_path / "out")
+    found = export(source, format="huggingface", out=out)
+    for what in ("logits", "features"):
+        assert found[what]["max_abs_difference"] <= 1e-4 * found[what]["rms"]
+    assert "transformers" in found["run_with"]
+    original = files.read_arrays(folder / files.SINGLE)
+    written = files.read_arrays(out / files.SINGLE)
+    lost = {key for key in original if "mask_token" in key}
+    assert written.keys() == original.keys() - lost
+    for key, array in written.items():
+        np.testing.assert_array_equal(array, original[key], err_msg=key)
+    if source.spec.num_classes:
+        opened = transformers.AutoModelForImageClassification.from_pretrained(out)
+        assert opened.config.id2label == {i: f"LABEL_{i}" for i in range(5)}
+        processor = json.loads((out / "preprocessor_config.json").read_text())
+        assert processor["image_mean"] == list(source.spec.mean)
+    again = read_source(out)
+    assert again.spec == source.spec
+    for key, array in source.params.items():
+        np.testing.assert_array_equal(again.params[key], array, err_msg=key)
+
+
+def _qkv(change):
+    """A mutation of every qkv kernel, seen as [dim, 3, heads, head_dim]."""
+
+    def mutate(source: Source) -> Source:
+        params = dict(source.params)
+        heads = source.spec.backbone["num_heads"]
+        for name, kernel in source.params.items():
+            if name.endswith("attn/qkv/kernel"):
+                split = kernel.reshape(len(kernel), 3, heads, -1)
+                params[name] = np.ascontiguousarray(change(split)).reshape(kernel.shape)
+        return dataclasses.replace(source, params=params)
+
+    return mutate
+
+
+def _backbone(**options):
+    def mutate(source: Source) -> Source:
+        changed = {
+            key: value(source.spec.backbone[key]) if callable(value) else value
+            for key, value in options.items()
+        }
+        spec = dataclasses.replace(source.spec, backbone=source.spec.backbone | changed)
+        return dataclasses.replace(source, spec=spec)
+
+    return mutate
+
+
+def _order(source: Source) -> Source:
+    """Positions as if the first token stood last."""
+    params = dict(source.params)
+    params["backbone/pos_embed"] = np.roll(params["backbone/pos_embed"], 1, axis=0)
+    return dataclasses.replace(source, params=params)
+
+
+def _scale(split):
+    wrong = split.copy()
+    wrong[:, 0] *= (
+        split.shape[3] / (split.shape[2] * split.shape[3])
+    ) ** 0.5  # by dim, not head_dim
+    return wrong
+
+
+MUTATIONS = {
+    "the other GELU": _backbone(activation=lambda is_: {"gelu": "gelu_tanh"}.get(is_, "gelu")),
+    "another epsilon": _backbone(norm_eps=lambda eps: 1e-6 if eps != 1e-6 else 1e-5),
+    "an epsilon of torch's default": _backbone(norm_eps=lambda eps: 1e-5 if eps != 1e-5 else 1e-6),
+    "token order": _order,
+    "heads side by side with q, k, v": _qkv(lambda split: split.swapaxes(1, 2)),
+    "heads split the other way": _qkv(lambda split: split.swapaxes(2, 3)),
+    "scale by dim": _qkv(_scale),
+    "keys and queries swapped": _qkv(lambda split: split[:, [0, 2, 1]]),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_mistake_is_seen(saved, name, mutation):
+    if "GELU" in mutation and name == "dinov2_swiglu":
+        pytest.skip("it has no GELU")
+    model, folder = saved(name)
+    source = read_source(folder)
+    with pytest.raises(AssertionError, match="of the RMS"):
+        compare(MUTATIONS[mutation](source), model)
+
+
+def test_registers_and_class_token_swapped_are_seen(saved):
+    model, folder = saved("dinov2_registers")
+    source = read_source(folder)
+    params = dict(source.params)
+    params["backbone/reg_tokens"] = params["backbone/reg_tokens"] + params["backbone/cls_token"]
+    params["backbone/cls_token"] = params["backbone/reg_tokens"][:1]
+    with pytest.raises(AssertionError, match="of the RMS"):
+        compare(dataclasses.replace(source, params=params), model)
+
+
+# name -> class, config class, what differs from its defaults: the sizes on the hub.
+PUBLISHED = {
+    "google/vit-base-patch16-224": ("vit", {"num_labels": 1000}),
+    "google/vit-large-patch16-224": (
+        "vit",
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+        | {"intermediate_size": 4096, "num_labels": 1000},
+    ),
+    "google/vit-huge-patch14-224-in21k": (
+        "vit_features",
+        {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16}
+        | {"intermediate_size": 5120, "patch_size": 14},
+    ),
+    "facebook/deit-tiny-patch16-224": (
+        "vit",
+        {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768}
+        | {"num_labels": 1000},
+    ),
+    "facebook/deit-base-distilled-patch16-224": ("deit_distilled", {"num_labels": 1000}),
+    "facebook/vit-mae-base": ("mae_pretraining", {}),
+    "facebook/vit-mae-huge": (
+        "mae_pretraining",
+        {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16}
+        | {"intermediate_size": 5120, "patch_size": 14},
+    ),
+    "facebook/dinov2-small": (
+        "dinov2_features",
+        {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518},
+    ),
+    "facebook/dinov2-large-imagenet1k-1-layer": (
+        "dinov2",
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+        | {"image_size": 518, "num_labels": 1000},
+    ),
+    "facebook/dinov2-giant": (
+        "dinov2_features",
+        {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24}
+        | {"image_size": 518, "use_swiglu_ffn": True},
+    ),
+    "facebook/dinov2-with-registers-base": (
+        "dinov2_registers_features",
+        {"image_size": 518, "patch_size": 14},
+    ),
+    "google/siglip-base-patch16-224": ("siglip", {}),
+    "google/siglip-so400m-patch14-384": (
+        "siglip",
+        {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16}
+        | {"intermediate_size": 4304, "image_size": 384, "patch_size": 14},
+    ),
+}
+CLASSES = {name: row[:2] for name, row in FAMILIES.items()}
+CLASSES["mae_pretraining"] = ("ViTMAEForPreTraining", "ViTMAEConfig")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_are_covered(name):
+    """Every tensor's name and shape, on torch's meta device: no memory, no weights."""
+    family, options = PUBLISHED[name]
+    model_class, config_class = CLASSES[family]
+    config = getattr(transformers, config_class)(**options)
+    with torch.device("meta"):
+        model = getattr(transformers, model_class)(config)
+    zero = np.zeros((), np.float32)
+    arrays = {k: np.broadcast_to(zero, tuple(v.shape)) for k, v in model.state_dict().items()}
+    layout = next(x for x in (HF_SIGLIP, HF_DINOV2, HF_VIT) if _fits(x, arrays))
+    _, arrays = layout.normalise(arrays)
+    # All blocks have the shapes of the first, which stands for them: the rest needs no memory.
+    one, depth = _first_block(arrays)
+    assert depth == getattr(config, "num_hidden_layers", depth)
+    params, report = read(layout, one)
+    assert not [line for line in report.unexpected if "no row" in line]
+    assert not report.missing
+    known = {"num_heads": config.num_attention_heads}
+    params, backbone, _ = infer_backbone(params, known)
+    assert backbone["dim"] == config.hidden_size
+    assert backbone["image_size"] == (config.image_size,) * 2
+    from tests.interop.models import spec
+
+    pool = {"siglip": "map", "vit_features": "cls_tanh", "vit": "cls"}.get(family, "none")
+    pool = {"deit_distilled": "cls_dist", "dinov2": "cls_gap"}.get(family, pool)
+    head = params.get("head/fc/kernel")
+    made = dataclasses.replace(
+        spec(names=False),
+        backbone=backbone,
+        pool=pool,
+        num_classes=0 if head is None else head.shape[1],
+    )
+    wanted = params_of_shapes(make_model(made))
+    assert {key: array.shape for key, array in params.items()} == wanted
+
+
+def _fits(layout, arrays) -> bool:
+    _, short = layout.normalise(arrays)
+    return len(layout.known(short)) > len(short) // 2
+
+
+def _first_block(arrays):
+    """The arrays without all blocks but the first, and how many there were."""
+    shapes, one = {}, {}
+    for name, array in arrays.items():
+        parts = name.split(".")
+        if parts[0] == "encoder" and len(parts) > 3:
+            index, rest = int(parts[2]), ".".join(parts[3:])
+            shapes.setdefault(index, {})[rest] = array.shape
+            if index:
+                continue
+        one[name] = array
+    assert all(block == shapes[0] for block in shapes.values())
+    return one, len(shapes)
