@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 
+import vit_jax
 from tests.runs import save_recipe, short
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -34,18 +35,10 @@ MAY_IMPORT = {
     "runtime": {"jax"},
     "workdir": {"jax", "config", "data", "metrics"},
     "interop": {
-        *(
-            "jax",
-            "flax",
-            "models",
-            "preprocess",
-            "checkpoint",
-            "config",
-            "data",
-            "tree",
-            "spelling",
-        ),
+        *("jax", "flax", "models", "preprocess"),
+        *("checkpoint", "config", "data", "tree", "spelling"),
     },
+    "zoo": {"flax", "models", "preprocess", "spelling"},
 }
 HEAVY = {
     *("jax", "flax", "optax", "orbax", "grain", "tensorboardX", "tensorflow_datasets"),
@@ -138,6 +131,13 @@ def modules_of(code: str, *argv) -> set[str]:
 @pytest.mark.parametrize("module", ["vit_jax", "vit_jax.cli", "vit_jax.config"])
 def test_importing_is_light(module):
     assert not modules_of(f"import {module}") & {"jax", "numpy", "tensorflow", "torch", "absl.app"}
+
+
+def test_models_by_name_are_at_hand_once_they_are_asked_for():
+    code = "import vit_jax\nassert 'vit_s16' in vit_jax.list_models()\nvit_jax.create_model"
+    assert "jax" in modules_of(code)
+    with pytest.raises(AttributeError, match="module 'vit_jax' has no attribute 'creat_model'"):
+        vit_jax.creat_model  # noqa: B018
 
 
 def test_help_does_not_wait_for_jax():

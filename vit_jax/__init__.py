@@ -7,10 +7,14 @@ __version__ = "0.1.0"
 PROCESS_START = time.time()  # seconds since the epoch: where a run's account of time begins
 
 
-def load(path, *, image_size=None, patch_size=None, num_classes=None, num_heads=None, step=None):
-    """The model at `path`, ready to call: see `vit_jax.interop.load.load`."""
-    from vit_jax.interop import load as module  # jax starts here, not when importing vit_jax
+def __getattr__(name: str):
+    # Late, because `import vit_jax` must not wait for jax.
+    if name == "load":
+        from vit_jax.interop.load import load
 
-    sizes = {"image_size": image_size, "patch_size": patch_size}
-    choices = {"num_classes": num_classes, "num_heads": num_heads, "step": step}
-    return module.load(path, **sizes, **choices)
+        return load
+    if name not in ("create_model", "list_models"):
+        raise AttributeError(f"module 'vit_jax' has no attribute {name!r}")
+    from vit_jax.zoo import create_model, list_models
+
+    return {"create_model": create_model, "list_models": list_models}[name]

@@ -13,9 +13,12 @@ from vit_jax.models.layers import (
     LayerScale,
     Mlp,
     PatchEmbed,
+    SwiGlu,
+    draw_kept,
     drop,
     fold_in,
-    layer_norm,
+    make_norm,
+    take,
     xavier_qkv,
 )
 from vit_jax.tree import named_leaves
@@ -68,13 +71,34 @@ def test_fold_in_makes_other_keys_for_each_example_and_number():
     assert len({row.tobytes() for each in folded for row in np.asarray(each)}) == 6
 
 
-def test_layer_norm_is_computed_in_float32_with_an_epsilon_of_a_millionth():
-    norm = make(lambda rngs: layer_norm(8, rngs))
-    assert jax.jit(norm)(jnp.asarray(tokens(), jnp.bfloat16)).dtype == jnp.float32
-    x = 1e-3 * tokens().astype(np.float64)  # so small that another epsilon would show
-    centred = x - x.mean(-1, keepdims=True)
-    wanted = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(jax.jit(norm)(x.astype(np.float32)), wanted, rtol=1e-3, atol=1e-5)
+def test_kept_patches_are_another_random_set_for_each_example():
+    kept = np.asarray(jax.jit(draw_kept, static_argnums=(1, 2))(keys(4000), 3, 8))
+    assert kept.shape == (4000, 3) and kept.dtype == np.int32
+    assert (np.diff(kept, axis=1) > 0).all()  # in order, each once
+    assert len({row.tobytes() for row in kept}) == 56  # each of the 8 choose 3 sets
+    frequencies = np.bincount(kept.ravel(), minlength=8) / 4000
+    np.testing.assert_allclose(frequencies, 3 / 8, atol=0.04)
+
+
+def test_taking_some_tokens_leaves_the_other_axes():
+    x, kept = tokens(2, 5), np.array([[0, 4], [3, 1]])
+    np.testing.assert_array_equal(take(x, kept), np.stack([x[0, [0, 4]], x[1, [3, 1]]]))
+    np.testing.assert_array_equal(take(x[..., 0], kept), take(x, kept)[..., 0])
+    assert take(None, kept) is None
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-3])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_norms_are_computed_in_float32_with_the_epsilon_given(norm, eps):
+    module = make(lambda rngs: make_norm(8, norm=norm, eps=eps, rngs=rngs))
+    assert jax.jit(module)(jnp.asarray(tokens(), jnp.bfloat16)).dtype == jnp.float32
+    x = 1e-3 * tokens().astype(np.float64) + 1e-3  # so small that another epsilon would show
+    wanted = reference.Weights({"norm": module}).norm("norm", x, eps)
+    np.testing.assert_allclose(jax.jit(module)(x.astype(np.float32)), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_norms_of_the_paper_have_an_epsilon_of_a_millionth():
+    assert make(lambda rngs: make_norm(8, rngs=rngs)).epsilon == 1e-6
 
 
 def test_patches_go_row_by_row():
@@ -103,16 +127,32 @@ def test_fused_projection_starts_as_three_of_its_own():
     assert 0.98 * limit < np.abs(kernel).max() <= limit
 
 
-@pytest.mark.parametrize("cls", [Attention, Mlp])
+@pytest.mark.parametrize("cls", [Attention, Mlp, SwiGlu])
 def test_initial_values(cls):
     leaves = named_leaves(nnx.to_pure_dict(nnx.state(make(cls, 64, 4, dtype=jnp.float32))))
     for name, leaf in leaves.items():
         if name.endswith("bias"):
             assert np.abs(leaf).max() < 1e-5, name
         else:
-            fan_out = 64 if "qkv" in name else leaf.shape[1]
+            packed = cls is SwiGlu and "fc1" in name
+            fan_out = 64 if "qkv" in name else leaf.shape[1] // (1 + packed)
             deviation = (2 / (leaf.shape[0] + fan_out)) ** 0.5
             assert np.std(leaf) == pytest.approx(deviation, rel=0.1), name
+
+
+def test_swiglu_is_gated_by_the_first_half():
+    mlp = reference.made(lambda: SwiGlu(8, 6, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    assert mlp.fc1.kernel.shape == (8, 12) and mlp.fc2.kernel.shape == (6, 8)
+    wanted = reference.Weights({"mlp": mlp}).swiglu("mlp", tokens().astype(np.float64))
+    np.testing.assert_allclose(jax.jit(mlp)(tokens()), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", [Mlp, SwiGlu])
+def test_dropout_in_the_mlp_is_drawn_from_the_keys(cls):
+    mlp = reference.made(lambda: cls(8, 6, dropout=0.5, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    run = jax.jit(lambda x, keys: mlp(x, keys))
+    quiet, one, other = run(tokens(), None), run(tokens(), keys(2)), run(tokens(), keys(3)[1:])
+    assert np.abs(one - quiet).max() > 0.1 and np.abs(one - other).max() > 0.1
 
 
 def test_layer_scale_starts_where_it_is_told():

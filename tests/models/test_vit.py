@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 from tests.models import reference, tree_mode
-from vit_jax.models.heads import Head, make_pool
+from vit_jax.models.heads import make_head, make_pool
+from vit_jax.models.layers import ParallelBlock, draw_kept, fold_in
 from vit_jax.models.vit import REMAT_POLICIES, VARIANTS, make_vit
 from vit_jax.objectives import Model
 from vit_jax.preprocess import Preprocess
@@ -31,6 +32,18 @@ PUBLISHED = {
     "G/14": 1_844_440_680,
 }
 SMALL = {"image_size": (6, 8), "dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32}
+
+# What whole families are made of; an epsilon so large that the norms show it.
+TORCH = {"activation": "gelu", "norm_eps": 0.1}
+DEIT = {**TORCH, "cls_token": True, "dist_token": True}
+DINOV3 = {
+    **{"cls_token": True, "num_reg_tokens": 3, "pos_embed": "rope2d", "mlp": "swiglu"},
+    **{"layer_scale": 0.1, "norm_eps": 0.1},
+}
+VIT_22B = {
+    **{"parallel": True, "qk_norm": True, "qkv_bias": False, "norm": "rmsnorm"},
+    **{"norm_eps": 0.1},
+}
 
 
 @functools.cache
@@ -55,8 +68,8 @@ def keys(batch, seed=0):
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("layers", "method"))
 def _run(graphdef, params, x, method, layers, **options):
     model = nnx.merge(graphdef, params)
-    if method == "encode":
-        return model.encode(x, layers=layers, **options)
+    if method in ("encode", "features"):
+        return getattr(model, method)(x, layers=layers, **options)
     return getattr(model, method)(x, **options)
 
 
@@ -71,7 +84,7 @@ def with_head(num_classes=1000, hidden_dim=None, pool="cls", **options):
     def make():
         rngs = nnx.Rngs(0)
         backbone = make_vit(**options, rngs=rngs)
-        head = Head(backbone.dim, num_classes, hidden_dim=hidden_dim, rngs=rngs)
+        head = make_head(pool, backbone.dim, num_classes, hidden_dim=hidden_dim or 0, rngs=rngs)
         return Model(backbone, make_pool(pool, backbone, rngs=rngs), head, Preprocess())
 
     return make
@@ -161,6 +174,36 @@ def test_flops_formula_counts_every_matrix_product(pool, scan, hidden_dim):
     assert 3 * counted - step == 2 * 8 * (3 * 2 * 3) * 16
 
 
+@pytest.mark.parametrize(
+    ("pool", "options"),
+    [
+        ("cls_dist", DEIT | {"num_reg_tokens": 2}),
+        ("gap_norm", DINOV3 | {"qk_norm": True, "scan": True}),
+        ("map", VIT_22B | {"patch_dropout": 0.5}),
+    ],
+)
+def test_flops_formula_counts_every_part(pool, options):
+    model = nnx.eval_shape(with_head(variant="S/3x2", num_classes=7, pool=pool, **SMALL | options))
+    graphdef, params = nnx.split(model)
+    batch = jax.ShapeDtypeStruct((1, 6, 8, 3), jnp.float32)
+
+    def count(key):
+        def forward(params, images):
+            model = nnx.merge(graphdef, params)
+            return model.head(model.pool(model.backbone(images, key=key)))
+
+        traced = jax.make_jaxpr(forward)(nnx.to_pure_dict(params), batch)
+        return reference.dot_flops(traced.jaxpr) - (2 * 16 * 16 if pool == "map" else 0)
+
+    def formula(tokens):
+        rest = model.pool.flops(tokens) + model.head.flops()
+        return model.backbone.flops(tokens) + rest
+
+    assert count(None) == formula(model.backbone.num_tokens)
+    assert count(keys(1)) == formula(model.backbone.num_train_tokens)
+    assert model.backbone.flops() == model.backbone.flops(model.backbone.num_tokens)
+
+
 def test_flops_formula_agrees_with_xla():
     options = {"image_size": (64, 64), "dim": 256, "depth": 2, "num_heads": 4, "mlp_dim": 1024}
     model = nnx.eval_shape(with_head(variant="S/16", **options, num_classes=10, pool="gap"))
@@ -182,6 +225,13 @@ def test_flops_formula_agrees_with_xla():
         ("gap", {"pos_embed": "sincos2d", "layer_scale": 0.1}, 24),
         ("map", {"scan": True}, None),
         ("gap", {"cls_token": True, "pos_embed": "sincos2d"}, None),
+        ("cls_dist", DEIT, None),
+        ("cls_dist", DEIT | {"pos_embed": "sincos2d", "num_reg_tokens": 1}, None),
+        ("gap_norm", TORCH | {"cls_token": True, "final_norm": False, "num_reg_tokens": 2}, None),
+        ("cls", DINOV3, None),
+        ("gap", DINOV3 | {"cls_token": False, "scan": True, "qk_norm": True}, None),
+        ("map", VIT_22B, None),
+        ("gap", VIT_22B | {"pos_embed": "none", "scan": True, "num_reg_tokens": 2}, None),
     ],
 )
 def test_forward_pass_is_that_of_the_paper(pool, options, hidden_dim):
@@ -189,38 +239,47 @@ def test_forward_pass_is_that_of_the_paper(pool, options, hidden_dim):
     model = reference.made(make)
     x = images(4)
     tokens, logits = jax.jit(lambda x: (model.backbone(x), model(x)))(x)
-    wanted = reference.encoder(unscanned(model.backbone), x.astype(np.float64))
+    wanted = reference.encoder(model.backbone, x.astype(np.float64))
     np.testing.assert_allclose(tokens, wanted, rtol=1e-4, atol=1e-4)
-    wanted = reference.pooled(pool, model.pool, wanted, model.backbone.num_prefix_tokens)
+    wanted = reference.pooled(pool, model.pool, wanted, model.backbone)
     wanted = reference.logits(model.head, wanted)
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, wanted, rtol=1e-4, atol=1e-4)
 
 
-def unscanned(model):
-    """The same model with looped blocks."""
+def test_exact_gelu_is_not_the_tanh_form():
+    model = small(activation="gelu")
+    tanh = nnx.merge(nnx.graphdef(small()), nnx.to_pure_dict(nnx.state(model)))
+    wanted = reference.encoder(model, images(2).astype(np.float64))
+    np.testing.assert_allclose(run(model, images(2)), wanted, atol=2e-5)
+    assert np.abs(run(tanh, images(2)) - wanted).max() > 1e-4
+
+
+def unscanned(model, **options):
+    """The same model with looped blocks; `options` are its others than the names below."""
     if not model.scan:
         return model
     flat = nnx.to_pure_dict(nnx.state(model))
     flat["blocks"] = {
         i: jax.tree.map(lambda x, i=i: x[i], flat["blocks"]) for i in range(model.depth)
     }
-    options = {"cls_token": model.num_prefix_tokens > 0, "depth": model.depth}
+    options = {"cls_token": model.cls_token is not None, "depth": model.depth} | options
     rates = {"drop_path": model.drop_path, "dropout": model.dropout}
-    return nnx.merge(nnx.graphdef(small(**options, **rates)), flat)
+    return nnx.merge(nnx.graphdef(small(**rates | options)), flat)
 
 
-def value_and_grads(model, x, keys):
+def value_and_grads(model, x, keys, **options):
     """The tokens summed with fixed random weights; its gradients, with the blocks unstacked."""
     graphdef, params = nnx.split(model)
-    noise = images(len(x), (8, 16), seed=5)[..., 0]
+    noise = np.random.default_rng(5).standard_normal((len(x), model.num_train_tokens, model.dim))
+    noise = noise.astype(np.float32)
 
     @jax.jit
     def value(params, x):
         return (nnx.merge(graphdef, params)(x, key=keys) * noise).mean()
 
     loss, grads = jax.value_and_grad(value)(nnx.to_pure_dict(params), x)
-    return float(loss), leaves(unscanned(nnx.merge(graphdef, grads)))
+    return float(loss), leaves(unscanned(nnx.merge(graphdef, grads), **options))
 
 
 NOISY = {"dropout": 0.1, "drop_path": 0.5}
@@ -247,6 +306,24 @@ def test_scan_and_remat_change_no_number(noisy, scan, remat):
     for name, grad in grads.items():
         error = np.abs(grad - wanted_grads[name]).max()
         assert error <= 1e-6 * np.abs(wanted_grads[name]).max(), name
+
+
+@pytest.mark.parametrize(
+    "options", [DINOV3 | {"patch_dropout": 0.5, "drop_path": 0.5}, VIT_22B | {"drop_path": 0.5}]
+)
+def test_scan_and_remat_change_no_number_of_any_part(options):
+    scanned = small(**options, scan=True)
+    looped = unscanned(scanned, **options)
+    assert isinstance(looped.blocks[0], ParallelBlock) == ("parallel" in options)
+    loss, wanted = value_and_grads(looped, images(8), keys(8))
+    graphdef = nnx.graphdef(small(**options, scan=True, remat="full"))
+    model = nnx.merge(graphdef, nnx.to_pure_dict(nnx.state(scanned)))
+    again, grads = value_and_grads(model, images(8), keys(8), **options)
+    assert again == pytest.approx(loss, rel=1e-5)
+    assert grads.keys() == wanted.keys()
+    for name, grad in grads.items():
+        assert np.abs(grad - wanted[name]).max() <= 1e-5 * np.abs(wanted[name]).max(), name
+        assert np.abs(grad).max() > 0, name
 
 
 def test_scanned_blocks_start_as_looped_ones_do():
@@ -414,6 +491,90 @@ def test_layers_answers_the_outputs_of_blocks(scan, remat):
     np.testing.assert_allclose(x, last, atol=1e-5)
 
 
+def test_features_are_maps_of_the_blocks_outputs():
+    model = small(**DINOV3)
+    wanted = reference.outputs(model, images(2).astype(np.float64))
+    found = jax.jit(lambda x: model.features(x, layers=(1, -2), final_norm=False))(images(2))
+    for x, layer in zip(found, (1, 0), strict=True):
+        assert x.shape == (2, 2, 4, 16)
+        tokens = wanted[layer][:, 4:]  # behind the class token and three registers
+        np.testing.assert_allclose(x.reshape(2, 8, 16), tokens, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(x[:, 1, 2], tokens[:, 6], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_last_map_after_the_norm_is_the_encoders_output(scan):
+    model = small(cls_token=True, scan=scan, norm_eps=0.1)
+    found = run(model, images(2), "features", layers=(-1, 0))
+    wanted = reference.encoder(model, images(2).astype(np.float64))[:, 1:]
+    np.testing.assert_allclose(found[0].reshape(2, 8, 16), wanted, rtol=1e-4, atol=1e-4)
+    first = reference.outputs(model, images(2).astype(np.float64))[0][:, 1:]
+    first = reference.Weights(model).norm("norm", first, 0.1)
+    np.testing.assert_allclose(found[1].reshape(2, 8, 16), first, rtol=1e-4, atol=1e-4)
+
+
+def test_features_without_a_final_norm_are_the_blocks_outputs():
+    model = small(final_norm=False)
+    found = run(model, images(2), "features", layers=(1,))[0]
+    np.testing.assert_allclose(found.reshape(2, 8, 16), run(model, images(2)), atol=1e-5)
+
+
+# Patch dropout.
+
+
+@pytest.mark.parametrize("options", [{"cls_token": True}, DINOV3])
+def test_patch_dropout_keeps_a_random_set_of_each_example(options):
+    model, key = small(**options, patch_dropout=0.5), keys(4)
+    prefix = model.num_prefix_tokens
+    assert model.num_train_tokens == prefix + 4
+    kept = np.asarray(draw_kept(fold_in(key, model.depth + 1), 4, 8))
+    assert len({row.tobytes() for row in kept}) > 1
+    wanted = reference.encoder(model, images(4).astype(np.float64), kept)
+    assert wanted.shape == (4, prefix + 4, 16)
+    np.testing.assert_allclose(run(model, images(4), key=key), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_patch_dropout_is_off_without_a_key():
+    model = small(cls_token=True, patch_dropout=0.5)
+    found = run(model, images(3))
+    assert found.shape == (3, 9, 16)
+    quiet = nnx.merge(nnx.graphdef(small(cls_token=True)), nnx.to_pure_dict(nnx.state(model)))
+    np.testing.assert_array_equal(found, run(quiet, images(3)))
+
+
+def test_kept_patches_depend_on_the_example_alone():
+    model, x, key = small(patch_dropout=0.75), images(16), keys(16)
+    wanted = run(model, x, key=key)
+    assert wanted.shape == (16, 2, 16)
+    order = np.random.default_rng(0).permutation(16)
+    np.testing.assert_allclose(run(model, x[order], key=key[order]), wanted[order], atol=1e-5)
+    place = batch_sharding(make_mesh())
+    spread = run(model, jax.device_put(x, place), key=jax.device_put(key, place))
+    np.testing.assert_allclose(spread, wanted, atol=1e-5)
+    assert not np.allclose(run(model, x, key=keys(16, seed=1)), wanted, atol=1e-2)
+
+
+def test_patch_dropout_takes_positions_and_mask_along():
+    model, key = small(cls_token=True, patch_dropout=0.4), keys(2)
+    tokens = run(model, images(2), "embed")[:, :5]
+    positions = np.array([[7, 2, 0, 5, 3], [1, 4, 6, 0, 2]])
+    mask = np.array([[True, False, True, True, True], [True, True, True, True, False]])
+    found = run(model, tokens, "encode", positions=positions, mask=mask, key=key)
+    kept = np.asarray(draw_kept(fold_in(key, model.depth + 1), 3, 5))
+    some = [
+        np.take_along_axis(x, kept.reshape(2, 3, *[1] * (x.ndim - 2)), axis=1)
+        for x in (tokens, positions, mask)
+    ]
+    assert not some[2].all()  # so that the mask matters
+    wanted = run(model, some[0], "encode", positions=some[1], mask=some[2])
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(0.9, 1), (0.99, 1), (0.5, 4), (0.25, 6)])
+def test_patch_dropout_keeps_the_nearest_number_of_patches_and_never_none(rate, kept):
+    assert small(patch_dropout=rate).num_train_tokens == kept
+
+
 # NNX's other mode.
 
 
@@ -431,8 +592,8 @@ def test_tree_mode_gives_the_numbers_of_graph_mode():
     # The mode that it says it ran in, then a loss and the gradients' squared norm a line.
     mode, *lines = output.splitlines()
     assert mode == "graph mode: False"
-    for line, scan in zip(lines, (False, True), strict=True):
-        wanted = tree_mode.loss_and_norm(scan=scan)
+    for line, options in zip(lines, tree_mode.CASES, strict=True):
+        wanted = tree_mode.loss_and_norm(**options)
         np.testing.assert_allclose(np.array(line.split(), float), wanted, rtol=1e-5)
 
 
@@ -442,7 +603,7 @@ def test_tree_mode_gives_the_numbers_of_graph_mode():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"variant": "M/16"}, "variant='M/16' is unknown.*Ti, S, B, L, H, g, G"),
+        ({"variant": "X/16"}, "variant='X/16' is unknown.*Ti, S, M, B, L, So400m, H, g, G, e"),
         ({"variant": "b/16"}, "variant='b/16' is unknown"),
         ({"variant": "Ti"}, "'Ti' needs a patch size in pixels, like 'Ti/16'"),
         ({"variant": "Ti/0"}, "patch size"),
@@ -460,6 +621,13 @@ def test_tree_mode_gives_the_numbers_of_graph_mode():
         ({"drop_path": -0.1}, r"drop_path=-0.1 must be in \[0, 1\)"),
         ({"remat": "all"}, "remat='all' is unknown; choose one of 'none', 'dots', 'full'"),
         ({"pos_embed": "sincos"}, "pos_embed='sincos' is unknown.*'learned', 'sincos2d'"),
+        ({"mlp": "glu"}, "mlp='glu' is unknown; choose one of 'mlp', 'swiglu'"),
+        ({"activation": "relu"}, "activation='relu' is unknown; .* 'gelu_tanh', 'gelu'"),
+        ({"norm": "batchnorm"}, "norm='batchnorm' is unknown; .* 'layernorm', 'rmsnorm'"),
+        ({"patch_dropout": 1.0}, r"patch_dropout=1.0 must be in \[0, 1\)"),
+        ({"num_reg_tokens": -1}, "num_reg_tokens=-1 must not be negative"),
+        ({"dist_token": True}, "dist_token=True needs cls_token=True"),
+        ({"dim": 12, "pos_embed": "rope2d"}, "heads of a multiple of 4 .* dim=12 / num_heads=2"),
     ],
 )
 def test_shapes_that_do_not_work_out_are_refused(options, words):
@@ -473,9 +641,24 @@ def test_images_of_another_size_are_refused():
         run(small(), images(2, (8, 6)))
 
 
-def test_segments_need_a_model_without_a_class_token():
-    with pytest.raises(ValueError, match="class token"):
-        run(small(cls_token=True), images(1, (8, 16))[..., 0], "encode", segment_ids=[[0] * 8])
+@pytest.mark.parametrize("options", [{"cls_token": True}, {"num_reg_tokens": 1}])
+def test_segments_need_a_model_without_prefix_tokens(options):
+    with pytest.raises(ValueError, match="without class or other prefix tokens"):
+        run(small(**options), images(1, (8, 16))[..., 0], "encode", segment_ids=[[0] * 8])
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ((0, 2), r"layers=\(2,\) must be in \[-2, 2\): 2 blocks"),
+        ((-3,), r"layers=\(-3,\) must be"),
+        ((), r"layers=\(\) names no block; use layers=\(-1,\)"),
+    ],
+)
+@pytest.mark.parametrize("scan", [False, True])
+def test_blocks_that_are_not_there_are_refused(scan, layers, words):
+    with pytest.raises(ValueError, match=words):
+        small(scan=scan).features(images(1), layers=layers)
 
 
 def test_one_number_stands_for_a_square_image():

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
+from vit_jax.models.model import Model
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.preprocess import Preprocess
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
 
@@ -22,27 +22,6 @@ class Output(NamedTuple):
 
     metrics: Metrics
     aux: Any = ()
-
-
-class Model(nnx.Module):
-    """Backbone, pooling and head together: what evaluation and export see."""
-
-    def __init__(
-        self,
-        backbone: VisionTransformer,
-        pool: nnx.Module,
-        head: nnx.Module | None,
-        preprocess: Preprocess,
-    ):
-        self.backbone, self.pool, self.head, self.preprocess = backbone, pool, head, preprocess
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """[batch, height, width, channels] -> logits, or pooled features without a head; float32.
-
-        uint8 images are preprocessed; float ones are taken as already normalised.
-        """
-        x = self.pool(self.backbone(self.preprocess(images)))
-        return (x if self.head is None else self.head(x)).astype("float32")
 
 
 class Objective(nnx.Module):
@@ -92,10 +71,10 @@ class Objective(nnx.Module):
     def flops_per_image(self, backbone: VisionTransformer) -> int:
         """Useful matrix-product FLOPs of a training step on one image, for MFU.
 
-        By default 3 × the backbone's forward pass (the backward pass does each product twice); the
-        recomputing of rematerialisation counts nothing.
+        By default 3 × the backbone's forward pass on the tokens that training keeps (the backward
+        pass does each product twice); the recomputing of rematerialisation counts nothing.
         """
-        return 3 * backbone.flops()
+        return 3 * backbone.flops(backbone.num_train_tokens)
 
     def model(self, backbone: VisionTransformer) -> Model:
         """What evaluation, export and transfer see."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vit_jax.losses import sigmoid_cross_entropy, softmax_cross_entropy
-from vit_jax.models.heads import Head, make_pool
+from vit_jax.models.heads import make_head, make_pool
 from vit_jax.models.layers import fold_in
 from vit_jax.objectives.base import Model, Objective, Output
 from vit_jax.preprocess import Preprocess
@@ -26,7 +26,7 @@ class Supervised(Objective):
         2020, section 4.1).
       label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2016,
         section 7).
-      pool: 'cls', 'gap' or 'map'.
+      pool: see `make_pool`; 'cls_dist' trains DeiT's two heads by their mean.
       hidden_dim: width of the head's hidden layer; 0 for one linear layer.
     """
 
@@ -51,8 +51,8 @@ class Supervised(Objective):
         self.loss, self.label_smoothing = loss, label_smoothing
         self.pool = make_pool(pool, backbone, rngs=rngs)
         bias = -math.log(num_classes) if loss == "sigmoid" else 0.0
-        options = {"hidden_dim": hidden_dim or None, "bias_init": bias}
-        self.head = Head(backbone.dim, num_classes, **options, rngs=rngs)
+        options = {"hidden_dim": hidden_dim, "bias_init": bias, "rngs": rngs}
+        self.head = make_head(pool, backbone.dim, num_classes, **options)
 
     def __call__(self, backbone, batch, *, step, key, train):
         """See `Objective`; metrics: loss, accuracy (of the first of mixed labels)."""
@@ -74,9 +74,9 @@ class Supervised(Objective):
         return losses.sum() / jnp.maximum(count, 1), Output(metrics)
 
     def flops_per_image(self, backbone) -> int:
-        """3 × the forward pass of backbone, pooling and head."""
-        pool = self.pool.flops(backbone.num_tokens)
-        return 3 * (backbone.flops() + pool + self.head.flops())
+        """3 × the forward pass of backbone, pooling and head on the tokens that training keeps."""
+        tokens = backbone.num_train_tokens
+        return 3 * (backbone.flops(tokens) + self.pool.flops(tokens) + self.head.flops())
 
     def model(self, backbone) -> Model:
         """Backbone, pooling, head and preprocessing."""
