@@ -5,13 +5,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from vit_jax.models.layers import Mlp, layer_norm
+from vit_jax.models.layers import NORM_EPS, Mlp, make_norm
 
 
 class MapPool(nnx.Module):
     """Multi-head attention pooling with one learned query (Zhai et al. 2022, section 3.2)."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_dim: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_dim: int,
+        *,
+        activation: str = "gelu_tanh",
+        norm: str = "layernorm",
+        norm_eps: float = NORM_EPS,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         self.num_heads = num_heads
         xavier = nnx.initializers.xavier_uniform()
         options = {"dtype": dtype, "kernel_init": xavier, "rngs": rngs}
@@ -20,8 +31,8 @@ class MapPool(nnx.Module):
         self.key = nnx.Linear(dim, dim, **options)
         self.value = nnx.Linear(dim, dim, **options)
         self.proj = nnx.Linear(dim, dim, **options)
-        self.norm = layer_norm(dim, rngs)
-        self.mlp = Mlp(dim, mlp_dim, dtype=dtype, rngs=rngs)
+        self.norm = make_norm(dim, norm=norm, eps=norm_eps, rngs=rngs)
+        self.mlp = Mlp(dim, mlp_dim, activation=activation, dtype=dtype, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[batch, tokens, dim] -> [batch, dim]."""
@@ -30,7 +41,7 @@ class MapPool(nnx.Module):
         key, value = self.key(tokens).reshape(split), self.value(tokens).reshape(split)
         scores = jnp.einsum("hd,bkhd->bhk", query, key, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1).astype(tokens.dtype)
-        x = self.proj(jnp.einsum("bhk,bkhd->bhd", weights, value).reshape(len(tokens), -1))
+        x = self.proj(jnp.einsum("bhk,bkhd->bhd", weights, value).reshape(tokens.shape[0], -1))
         return x + self.mlp(self.norm(x).astype(x.dtype))
 
     def flops(self, num_tokens: int) -> int:
@@ -40,15 +51,14 @@ class MapPool(nnx.Module):
 
 
 class ClsPool(nnx.Module):
-    """The class token."""
+    """The first prefix tokens side by side: the class token, or it and the distillation token."""
 
-    def __init__(self, num_prefix_tokens: int):
-        if not num_prefix_tokens:
-            raise ValueError("pool='cls' needs model.cls_token=True, or use pool='gap'.")
+    def __init__(self, num_tokens: int = 1):
+        self.num_tokens = num_tokens
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """[batch, tokens, dim] -> [batch, dim]."""
-        return tokens[:, 0]
+        """[batch, tokens, dim] -> [batch, num_tokens * dim]."""
+        return tokens[:, : self.num_tokens].reshape(tokens.shape[0], -1)
 
     def flops(self, num_tokens: int) -> int:
         """No matrix products."""
@@ -56,31 +66,55 @@ class ClsPool(nnx.Module):
 
 
 class GlobalAveragePool(nnx.Module):
-    """The mean of the patch tokens, prefix tokens left out."""
+    """The mean of the patch tokens, prefix tokens left out, and perhaps a norm of it."""
 
-    def __init__(self, num_prefix_tokens: int):
-        self.num_prefix_tokens = num_prefix_tokens
+    def __init__(self, num_prefix_tokens: int, norm: nnx.Module | None = None):
+        self.num_prefix_tokens, self.norm = num_prefix_tokens, norm
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """[batch, tokens, dim] -> [batch, dim]; the mean is taken in float32."""
-        patches = tokens[:, self.num_prefix_tokens :]
-        return patches.mean(axis=1, dtype=jnp.float32).astype(tokens.dtype)
+        """[batch, tokens, dim] -> [batch, dim]; mean and norm are taken in float32."""
+        x = tokens[:, self.num_prefix_tokens :].mean(axis=1, dtype=jnp.float32)
+        return (x if self.norm is None else self.norm(x)).astype(tokens.dtype)
 
     def flops(self, num_tokens: int) -> int:
         """No matrix products."""
         return 0
 
 
+POOLS = ("cls", "cls_dist", "gap", "gap_norm", "map")
+
+
 def make_pool(name: str, backbone, *, rngs: nnx.Rngs) -> nnx.Module:
-    """The pooling called `name`: 'cls', 'gap' or 'map', for a `VisionTransformer`."""
-    if name == "cls":
-        return ClsPool(backbone.num_prefix_tokens)
+    """The pooling called `name` for a `VisionTransformer`.
+
+    Args:
+      name: 'cls' (the class token), 'cls_dist' (it and the distillation token side by side, for
+        `DistilledHead`), 'gap' (the mean of the patches), 'gap_norm' (then a norm, which stands in
+        for the backbone's final one: He et al. 2022, MAE, appendix A.1) or 'map' (attention).
+      backbone: gives the shape, the norm and the activation.
+      rngs: for what the pooling learns.
+
+    Raises:
+      ValueError: an unknown name, or a token that the backbone lacks.
+    """
+    norm = {"norm": backbone.norm_kind, "rngs": rngs}
+    if name not in POOLS:
+        names = ", ".join(repr(pool) for pool in POOLS)
+        raise ValueError(f"pool={name!r} is unknown; choose one of {names}.")
+    if name == "cls_dist" and backbone.dist_token is None:
+        raise ValueError("pool='cls_dist' needs model.dist_token=True, or use pool='cls'.")
+    if name == "cls" and backbone.cls_token is None:
+        raise ValueError("pool='cls' needs model.cls_token=True, or use pool='gap'.")
     if name == "gap":
         return GlobalAveragePool(backbone.num_prefix_tokens)
+    if name == "gap_norm":
+        pool_norm = make_norm(backbone.dim, eps=backbone.norm_eps, **norm)
+        return GlobalAveragePool(backbone.num_prefix_tokens, pool_norm)
     if name == "map":
         shape = backbone.dim, backbone.num_heads, backbone.mlp_dim
-        return MapPool(*shape, dtype=backbone.dtype, rngs=rngs)
-    raise ValueError(f"pool={name!r} is unknown; choose one of 'cls', 'gap', 'map'.")
+        options = {"activation": backbone.activation, "norm_eps": backbone.norm_eps}
+        return MapPool(*shape, **options, **norm, dtype=backbone.dtype)
+    return ClsPool(2 if name == "cls_dist" else 1)
 
 
 class Head(nnx.Module):
@@ -114,3 +148,57 @@ class Head(nnx.Module):
         """Matrix-product FLOPs on one image."""
         layers = [self.fc] if self.pre_logits is None else [self.pre_logits, self.fc]
         return sum(2 * layer.kernel.shape[0] * layer.kernel.shape[1] for layer in layers)
+
+
+class DistilledHead(nnx.Module):
+    """DeiT's two linear heads, logits averaged (Touvron et al. 2021, section 4).
+
+    `fc` reads the class token and `fc_dist` the distillation token: the halves of what
+    pool='cls_dist' answers. Both start at zero, their biases at `bias_init`.
+    """
+
+    def __init__(self, dim: int, num_classes: int, *, bias_init: float = 0.0, rngs: nnx.Rngs):
+        zeros, bias = nnx.initializers.zeros, nnx.initializers.constant(bias_init)
+        options = {"kernel_init": zeros, "bias_init": bias, "rngs": rngs}
+        self.fc = nnx.Linear(dim, num_classes, **options)
+        self.fc_dist = nnx.Linear(dim, num_classes, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[batch, 2 * dim] -> [batch, num_classes] float32."""
+        cls, dist = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return (self.fc(cls) + self.fc_dist(dist)) / 2
+
+    def flops(self) -> int:
+        """Matrix-product FLOPs on one image."""
+        dim, num_classes = self.fc.kernel.shape
+        return 4 * dim * num_classes
+
+
+def make_head(
+    pool: str,
+    dim: int,
+    num_classes: int,
+    *,
+    hidden_dim: int = 0,
+    bias_init: float = 0.0,
+    rngs: nnx.Rngs,
+) -> Head | DistilledHead:
+    """The head that reads what the pooling called `pool` answers.
+
+    Args:
+      pool: see `make_pool`.
+      dim: of the backbone.
+      num_classes: of the logits.
+      hidden_dim: width of a hidden layer, 0 for none.
+      bias_init: see `Head`.
+      rngs: for its weights.
+
+    Raises:
+      ValueError: a hidden layer wanted of a `DistilledHead`.
+    """
+    if pool != "cls_dist":
+        options = {"hidden_dim": hidden_dim or None, "bias_init": bias_init}
+        return Head(dim, num_classes, **options, rngs=rngs)
+    if hidden_dim:
+        raise ValueError(f"hidden_dim={hidden_dim} does not go with pool='cls_dist'; use 0.")
+    return DistilledHead(dim, num_classes, bias_init=bias_init, rngs=rngs)

@@ -5,14 +5,27 @@ a random state: what is random takes `keys`, one key an example, so that neither
 order of the batch changes a draw.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from vit_jax.kernels.attention import attention
+from vit_jax.models.pos_embed import Rope, rotate
 
-LAYER_NORM_EPS = 1e-6  # the ViT paper's code; torch's default is 1e-5
+NORM_EPS = 1e-6  # the ViT paper's code; torch's default is 1e-5
+
+NORMS = {
+    "layernorm": nnx.LayerNorm,
+    "rmsnorm": nnx.RMSNorm,  # neither centred nor with a bias (Zhang & Sennrich 2019)
+}
+
+ACTIVATIONS = {
+    "gelu_tanh": jax.nn.gelu,  # what JAX calls GELU
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),  # what torch does
+}
 
 
 def fold_in(keys: jax.Array | None, data: jax.Array | int) -> jax.Array | None:
@@ -37,14 +50,38 @@ def drop(x: jax.Array, rate: float | jax.Array, keys: jax.Array | None, *, shape
     return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
-def layer_norm(dim: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm in float32, whatever comes in."""
-    return nnx.LayerNorm(dim, epsilon=LAYER_NORM_EPS, dtype=jnp.float32, rngs=rngs)
+def draw_kept(keys: jax.Array, count: int, total: int) -> jax.Array:
+    """[batch, count] int32: for each example another random `count` of `total`, in order."""
+    order = jax.vmap(lambda key: jax.random.permutation(key, total))(keys)
+    return jnp.sort(order[:, :count], axis=1)
+
+
+def take(x: jax.Array | None, kept: jax.Array) -> jax.Array | None:
+    """[batch, tokens, …] and [batch, kept] -> [batch, kept, …]; None stays None."""
+    if x is None:
+        return None
+    return jnp.take_along_axis(x, kept.reshape(*kept.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def make_norm(
+    dim: int, *, norm: str = "layernorm", eps: float = NORM_EPS, rngs: nnx.Rngs
+) -> nnx.Module:
+    """The one of NORMS called `norm`, in float32, whatever comes in."""
+    return NORMS[norm](dim, epsilon=eps, dtype=jnp.float32, rngs=rngs)
 
 
 def xavier_qkv(key: jax.Array, shape: tuple[int, int], dtype: DTypeLike) -> jax.Array:
     """Xavier-uniform for each of the three square matrices, not for the fused one."""
-    limit = (6 / (shape[0] + shape[1] // 3)) ** 0.5
+    return _xavier_side_by_side(key, shape, dtype, 3)
+
+
+def xavier_gated(key: jax.Array, shape: tuple[int, int], dtype: DTypeLike) -> jax.Array:
+    """Xavier-uniform for each of SwiGLU's gate and value, not for the packed matrix."""
+    return _xavier_side_by_side(key, shape, dtype, 2)
+
+
+def _xavier_side_by_side(key, shape, dtype, count):
+    limit = (6 / (shape[0] + shape[1] // count)) ** 0.5
     return jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
@@ -79,26 +116,66 @@ class PatchEmbed(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention with one fused projection for queries, keys and values."""
+    """Multi-head self-attention with one fused projection for queries, keys and values.
 
-    def __init__(self, dim: int, num_heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    With `qk_norm` each head's queries and keys are normalised first (Dehghani et al. 2023, section
+    2.2); all heads share a scale of [head_dim].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        norm: str = "layernorm",
+        norm_eps: float = NORM_EPS,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
         self.num_heads = num_heads
-        self.qkv = nnx.Linear(dim, 3 * dim, dtype=dtype, kernel_init=xavier_qkv, rngs=rngs)
-        xavier = nnx.initializers.xavier_uniform()
-        self.proj = nnx.Linear(dim, dim, dtype=dtype, kernel_init=xavier, rngs=rngs)
+        options = {"dtype": dtype, "rngs": rngs}
+        self.qkv = nnx.Linear(dim, 3 * dim, use_bias=qkv_bias, kernel_init=xavier_qkv, **options)
+        self.proj = nnx.Linear(dim, dim, kernel_init=nnx.initializers.xavier_uniform(), **options)
+        options = {"norm": norm, "eps": norm_eps, "rngs": rngs}
+        self.q_norm = make_norm(dim // num_heads, **options) if qk_norm else None
+        self.k_norm = make_norm(dim // num_heads, **options) if qk_norm else None
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, rope: Rope | None = None
+    ) -> jax.Array:
         """[batch, tokens, dim] -> the same; `mask` as in `kernels.attention`."""
-        return self.proj(attention(self.qkv(x), num_heads=self.num_heads, mask=mask))
+        qkv = self.qkv(x)
+        if self.q_norm is not None or rope is not None:
+            qkv = self._prepare(qkv, rope)
+        return self.proj(attention(qkv, num_heads=self.num_heads, mask=mask))
+
+    def _prepare(self, qkv, rope):
+        heads = qkv.reshape(*qkv.shape[:2], 3, self.num_heads, -1)
+        query, key, value = (heads[:, :, i] for i in range(3))  # [batch, tokens, heads, head_dim]
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if rope is not None:
+            query, key = rotate(query, rope), rotate(key, rope)
+        parts = [x.astype(qkv.dtype) for x in (query, key, value)]
+        return jnp.stack(parts, axis=2).reshape(qkv.shape)
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with GELU (tanh form) between, dropout after the first."""
+    """Two linear layers with an activation between, dropout after the first."""
 
     def __init__(
-        self, dim: int, hidden_dim: int, *, dropout: float = 0.0, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        activation: str = "gelu_tanh",
+        dropout: float = 0.0,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
-        self.dropout = dropout
+        self.activation, self.dropout = activation, dropout
         xavier, small = nnx.initializers.xavier_uniform(), nnx.initializers.normal(1e-6)
         options = {"dtype": dtype, "kernel_init": xavier, "bias_init": small, "rngs": rngs}
         self.fc1 = nnx.Linear(dim, hidden_dim, **options)
@@ -106,7 +183,31 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """[batch, …, dim] -> the same."""
-        x = jax.nn.gelu(self.fc1(x))
+        x = ACTIVATIONS[self.activation](self.fc1(x))
+        if self.dropout:
+            x = drop(x, self.dropout, keys)
+        return self.fc2(x)
+
+
+class SwiGlu(nnx.Module):
+    """fc2(silu(gate) · value), dropout before fc2 (Shazeer 2020, section 2, with biases).
+
+    `fc1` is [dim, 2 * hidden_dim]: the gate's columns, then the value's.
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, *, dropout: float = 0.0, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        self.dropout = dropout
+        xavier, small = nnx.initializers.xavier_uniform(), nnx.initializers.normal(1e-6)
+        options = {"dtype": dtype, "bias_init": small, "rngs": rngs}
+        self.fc1 = nnx.Linear(dim, 2 * hidden_dim, kernel_init=xavier_gated, **options)
+        self.fc2 = nnx.Linear(hidden_dim, dim, kernel_init=xavier, **options)
+
+    def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """[batch, …, dim] -> the same."""
+        gate, value = jnp.split(self.fc1(x), 2, axis=-1)
+        x = jax.nn.silu(gate) * value
         if self.dropout:
             x = drop(x, self.dropout, keys)
         return self.fc2(x)
@@ -124,7 +225,19 @@ class LayerScale(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+    """Pre-norm transformer block: x + attn(norm1(x)), then x + mlp(norm2(x)).
+
+    Args:
+      dim, num_heads, mlp_dim: its shape.
+      mlp: 'mlp' (with `activation`, one of ACTIVATIONS) or 'swiglu' (whose own is SiLU).
+      norm, norm_eps: one of NORMS, and its epsilon.
+      qk_norm, qkv_bias: see `Attention`.
+      dropout: rate inside the MLP and after each branch.
+      layer_scale: initial value of LayerScale, 0.0 for none.
+      dtype: of the matrix products.
+    """
+
+    num_norms = 2
 
     def __init__(
         self,
@@ -132,17 +245,29 @@ class Block(nnx.Module):
         num_heads: int,
         mlp_dim: int,
         *,
+        mlp: str = "mlp",
+        activation: str = "gelu_tanh",
+        norm: str = "layernorm",
+        norm_eps: float = NORM_EPS,
+        qk_norm: bool = False,
+        qkv_bias: bool = True,
         dropout: float = 0.0,
         layer_scale: float = 0.0,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.dropout = dropout
-        self.norm1 = layer_norm(dim, rngs)
-        self.attn = Attention(dim, num_heads, dtype=dtype, rngs=rngs)
+        common = {"dtype": dtype, "rngs": rngs}
+        norms = {"norm": norm, "norm_eps": norm_eps}
+        self.norm1 = make_norm(dim, norm=norm, eps=norm_eps, rngs=rngs)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, **norms, **common)
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale else None
-        self.norm2 = layer_norm(dim, rngs)
-        self.mlp = Mlp(dim, mlp_dim, dropout=dropout, dtype=dtype, rngs=rngs)
+        second = self.num_norms == 2
+        self.norm2 = make_norm(dim, norm=norm, eps=norm_eps, rngs=rngs) if second else None
+        if mlp == "swiglu":
+            self.mlp = SwiGlu(dim, mlp_dim, dropout=dropout, **common)
+        else:
+            self.mlp = Mlp(dim, mlp_dim, activation=activation, dropout=dropout, **common)
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale else None
 
     def __call__(
@@ -150,11 +275,12 @@ class Block(nnx.Module):
         x: jax.Array,
         *,
         mask: jax.Array | None = None,
+        rope: Rope | None = None,
         drop_path: float | jax.Array = 0.0,
         keys: jax.Array | None = None,
     ) -> jax.Array:
         """[batch, tokens, dim] -> the same; `drop_path` is this layer's rate, perhaps traced."""
-        branch = self.attn(self.norm1(x).astype(x.dtype), mask)
+        branch = self.attn(self.norm1(x).astype(x.dtype), mask, rope)
         x = x + self._residual(branch, self.ls1, drop_path, fold_in(keys, 0))
         branch = self.mlp(self.norm2(x).astype(x.dtype), fold_in(keys, 1))
         return x + self._residual(branch, self.ls2, drop_path, fold_in(keys, 2))
@@ -167,3 +293,25 @@ class Block(nnx.Module):
         if not isinstance(drop_path, float) or drop_path:  # a Python 0.0 draws nothing
             branch = drop(branch, drop_path, fold_in(keys, 1), shape=(1, 1))
         return branch
+
+
+class ParallelBlock(Block):
+    """x + attn(norm1(x)) + mlp(norm1(x)), both at once (Dehghani et al. 2023, section 2.1)."""
+
+    num_norms = 1
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        rope: Rope | None = None,
+        drop_path: float | jax.Array = 0.0,
+        keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """See `Block`."""
+        normed = self.norm1(x).astype(x.dtype)
+        branch = self.attn(normed, mask, rope)
+        attended = self._residual(branch, self.ls1, drop_path, fold_in(keys, 0))
+        branch = self.mlp(normed, fold_in(keys, 1))
+        return x + attended + self._residual(branch, self.ls2, drop_path, fold_in(keys, 2))
