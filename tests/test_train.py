@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from tests.recipes import tiny
-from tests.runs import StopAfter, assert_same_bits, deterministic_rows, run, short
+from tests.runs import StopAfter, assert_same_bits, deterministic_rows, run, short, steps_on_disk
 from vit_jax import train as train_lib
 from vit_jax import workdir as workdir_lib
 from vit_jax.data.loader import HOST_ONLY, make_loader
@@ -249,6 +249,17 @@ def test_a_finished_run_started_again_changes_nothing(data_dir, tmp_path):
         ({"optimizer__schedule": "cos"}, "schedule='cos' is unknown.*cosine"),
         ({"evals__test__name": "clasification"}, "did you mean 'classification'"),
         ({"data__split": "training"}, "train"),
+        ({"data__num_workers": -1}, "num_workers=-1 must be 0 or more"),
+        ({"model__dtype": "bf16"}, "dtype='bf16' is unknown; choose one of 'float32', 'bfloat16'"),
+        ({"mesh__data": 1, "batch_size": 15}, "mixup pairs examples: batch_size=15 must be even"),
+        (
+            {
+                "model__image_size": (16, 16),
+                "augment__size": (16, 16),
+                "evals__test__augment__size": (16, 16),
+            },
+            "no image can be used; .*augmentation 'none' wants images of 16 x 16 and this one is 8",
+        ),
         ({"data__name": "nothing"}, "vit-jax prepare"),
         ({"mesh__data": 3}, "does not multiply to the 8 devices"),
         ({"objective__pool": "cls"}, "cls_token"),
@@ -352,3 +363,19 @@ def test_resuming_under_other_versions_is_said(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(workdir_lib, "versions", lambda: now | {"jax": "99.0"})
     trainer, _ = run(config, tmp_path / "run")
     assert trainer.record.changes == [f"jax {now['jax']} -> 99.0"]
+
+
+def test_checkpoints_without_their_config_are_not_taken_over(data_dir, tmp_path):
+    run(short(data_dir), tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(ValueError, match="holds checkpoints but no config.json"):
+        run(short(data_dir), tmp_path / "run")
+
+
+def test_a_score_that_is_not_finite_is_no_score(data_dir, tmp_path, monkeypatch):
+    scores = iter([0.2, float("nan"), 0.1])
+    real = train_lib.evaluate
+    monkeypatch.setattr(train_lib, "evaluate", lambda *a: real(*a) | {"test/top1": next(scores)})
+    run(short(data_dir, eval_every=2, save_every=2, train__keep=1), tmp_path / "run")
+    assert steps_on_disk(tmp_path / "run") == [2, 6]
+    run(short(data_dir), tmp_path / "run")  # the null of metrics.jsonl is read again

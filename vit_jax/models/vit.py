@@ -69,7 +69,8 @@ class VisionTransformer(nnx.Module):
         self.image_size, self.patch_size = tuple(image_size), tuple(patch_size)
         self.grid = _grid(self.image_size, self.patch_size)
         rates = {"dropout": dropout, "drop_path": drop_path}
-        _check_shape(dim, num_heads, remat, pos_embed, rates)
+        dtype = str(jnp.dtype(dtype)) if not isinstance(dtype, str) else dtype
+        _check_shape(dim, num_heads, remat, pos_embed, dtype, rates)
         self.dim, self.depth, self.num_heads, self.mlp_dim = dim, depth, num_heads, mlp_dim
         self.dropout, self.drop_path, self.scan, self.remat = dropout, drop_path, scan, remat
         self.dtype = jnp.dtype(dtype)
@@ -267,7 +268,9 @@ def _grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int
     return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
 
 
-def _check_shape(dim: int, num_heads: int, remat: str, pos_embed: str, rates: dict) -> None:
+def _check_shape(
+    dim: int, num_heads: int, remat: str, pos_embed: str, dtype: str, rates: dict
+) -> None:
     for key, rate in rates.items():
         if not 0 <= rate < 1:
             raise ValueError(f"{key}={rate} must be in [0, 1).")
@@ -276,6 +279,7 @@ def _check_shape(dim: int, num_heads: int, remat: str, pos_embed: str, rates: di
     for key, value, choices in (
         ("remat", remat, REMAT_POLICIES),
         ("pos_embed", pos_embed, ("learned", "sincos2d")),
+        ("dtype", dtype, ("float32", "bfloat16", "float16")),
     ):
         if value not in choices:
             names = ", ".join(repr(name) for name in choices)
