@@ -276,10 +276,10 @@ class Trainer:
         self.mesh = config_lib.call("mesh", make_mesh, config.mesh)
         check_batch_size(config.batch_size, self.mesh)
         self.info = dataset_info(config.data.name, data_dir=config.data.data_dir)
-        self.evals = make_evals(config, self.info)
         self.parts, init = make_parts(config, self.info)
         self.augment = make_augmentation(**config_lib.plain(config.augment))
         self._check_fit()
+        self.evals = make_evals(config, self.info)
         self._loader(0).check().close()  # what does not fit in the data section is said now
         abstract = abstract_state(init, self.mesh)
         self.num_params = num_params(abstract.params)
@@ -312,10 +312,10 @@ class Trainer:
                     f"{key}.size={tuple(size)} and model.image_size={self.parts.image_size} "
                     "differ; make them the same."
                 )
-        if metric and metric.split("/")[0] not in self.evals:
+        if metric and metric.split("/")[0] not in self.config.evals:
             raise ValueError(
                 f"train.best_metric={metric!r} must be EVALUATION/METRIC of the config's evals: "
-                f"{', '.join(self.evals) or 'none'}; '' turns it off."
+                f"{', '.join(self.config.evals) or 'none'}; '' turns it off."
             )
 
     def _take_up(self, init: Callable[[], TrainState], abstract: TrainState) -> None:
