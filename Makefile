@@ -47,4 +47,4 @@ $(VENV)/.test: $(VENV)/.base
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .jax_cache

@@ -7,7 +7,8 @@ The recipe is S/16 of Beyer et al. 2022 (arXiv:2205.01580): AdamW, global averag
 sin-cos positions, random resized crops and a little mixup. Its learning rate is theirs for a batch
 of 1,024, scaled linearly to `batch_size`. For images larger or smaller than 224 pixels set `size`
 and `variant` (patches should number 49 to 256: `size=64,variant=S/8`). The evaluation takes the
-test or validation split; a dataset without one gives its last tenth (`train[90%:]`).
+test or validation split; a dataset without one gives its last tenth (`train[90%:]`). The recipe was
+not yet run at its full size.
 """
 
 from ml_collections import ConfigDict

@@ -300,6 +300,11 @@ def test_a_checksum_is_the_same_on_any_mesh():
     assert checksums({"x": x}) == checksums({"x": spread})
 
 
+def test_a_checksum_of_bools():
+    one = checksums({"x": jnp.array([True, False])})
+    assert one != checksums({"x": jnp.array([False, True])})
+
+
 def flip_byte(path, place):
     data = bytearray(path.read_bytes())
     data[place % len(data)] ^= 0x10

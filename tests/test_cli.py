@@ -144,9 +144,10 @@ def test_a_file_where_the_workdir_should_be(fails, train, tmp_path):
     assert (tmp_path / "run").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_into_memory(fails, train):
     line = fails(*train("--config.model.mlp_dim=1000000000000"))
-    assert re.search("out of memory: .* Lower batch_size, or set model.remat", line)
+    assert re.search("out of memory .*; lower batch_size, or set model.remat", line)
 
 
 @pytest.mark.parametrize("name", ["train", "speed", "a/b"])
@@ -206,7 +207,7 @@ def test_a_missing_checkpoint_lists_those_that_are_there(fails, trained):
 
 
 def test_a_loss_that_is_not_finite(capfd, data_dir, tmp_path):
-    config = tiny(data_dir, total_steps=8, save_every=2, eval_every=0)
+    config = short(data_dir, save_every=2, eval_every=0)
     config.optimizer.update({"learning_rate": 1e30, "warmup_steps": 0, "clip_norm": 0.0})
     recipe = save_recipe(config, tmp_path / "recipe.py")
     assert cli.main(["train", f"--config={recipe}", f"--workdir={tmp_path}/run"]) == 1

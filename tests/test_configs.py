@@ -64,6 +64,7 @@ def test_the_docstring_says_how_to_run_it(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert f"vit-jax train --config=configs/{path.name}" in docstring
     assert re.search(r"--workdir=runs/\w+", docstring)
+    assert re.search(r"\d%|not yet\s+run", docstring)  # the number reached
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

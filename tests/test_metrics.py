@@ -1,4 +1,5 @@
 import builtins
+import contextlib
 import json
 import math
 import types
@@ -266,3 +267,13 @@ def test_mfu_is_the_share_of_all_devices_peak():
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer._file.close()
+    with open("/dev/full", "w") as writer._file:
+        with pytest.raises(OSError, match=r"metrics.jsonl cannot be written \(No space left"):
+            writer.write(1, {"x": 1.0})
+        with contextlib.suppress(OSError):
+            writer._file.close()

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from tests.recipes import tiny
-from tests.runs import StopAfter, assert_same_bits, deterministic_rows, run, short
+from tests.runs import StopAfter, assert_same_bits, deterministic_rows, run, short, steps_on_disk
 from vit_jax import train as train_lib
 from vit_jax import workdir as workdir_lib
 from vit_jax.data.loader import HOST_ONLY, make_loader
@@ -44,7 +44,7 @@ def test_one_and_eight_devices_give_the_same_losses(data_dir):
     one, _ = losses_on(1, config)
     eight, state = losses_on(8, config)
     assert len(state.step.sharding.device_set) == 8
-    assert len(set(one)) == 20  # it moves
+    assert len(set(one)) > 15  # it moves
     np.testing.assert_allclose(one, eight, atol=1e-5, rtol=0)
 
 
@@ -54,9 +54,9 @@ def test_scanned_blocks_give_the_losses_of_looped_ones(data_dir):
     np.testing.assert_allclose(looped, scanned, atol=1e-5, rtol=0)
 
 
-def test_four_steps_are_two_a_restart_and_two_bit_for_bit(data_dir, tmp_path):
-    leaves = {"total_steps": 4, "eval_every": 1, "save_every": 1, "train__keep": 1}
-    config = tiny(data_dir, **leaves, train__ema_decay=0.9)
+def test_six_steps_are_two_a_restart_and_four_bit_for_bit(data_dir, tmp_path):
+    leaves = {"eval_every": 1, "save_every": 1, "train__keep": 1}
+    config = short(data_dir, **leaves)
     whole, results = run(config, tmp_path / "whole")
 
     class StopAfterTwo(StopSignal):
@@ -120,8 +120,8 @@ def test_metrics_of_a_step_are_fetched_after_the_next_is_dispatched(
         return dispatch
 
     monkeypatch.setattr(train_lib.Trainer, "_compile", watched_compile)
-    leaves = {"total_steps": 6, "eval_every": 0, "save_every": 0, "log_every": log_every}
-    run(tiny(data_dir, **leaves), tmp_path / "run")
+    leaves = {"eval_every": 0, "save_every": 0, "log_every": log_every}
+    run(short(data_dir, **leaves), tmp_path / "run")
     events = list(dict.fromkeys(events))  # the first touch of each step
     steady = [("dispatch", 1), ("dispatch", 2)]
     for step in range(3, 7):
@@ -148,7 +148,7 @@ def test_the_state_is_donated(data_dir):
 def test_a_loss_that_is_not_finite_ends_the_run_with_the_step_and_the_last_good_checkpoint(
     data_dir, tmp_path
 ):
-    config = tiny(data_dir, total_steps=12, save_every=2, eval_every=0)
+    config = short(data_dir, save_every=2, eval_every=0)
     config.optimizer.update({"learning_rate": 1e30, "warmup_steps": 0, "clip_norm": 0.0})
     with pytest.raises(FloatingPointError, match=r"step \d+ is not finite .* last good"):
         run(config, tmp_path / "run")
@@ -211,7 +211,7 @@ def test_as_many_skips_as_asked_for_are_survived(data_dir, tmp_path, monkeypatch
 
 
 def test_time_adds_up_to_the_wall_time(data_dir, tmp_path):
-    run(tiny(data_dir, total_steps=3, eval_every=2, save_every=2), tmp_path / "run")
+    run(short(data_dir, eval_every=2, save_every=2), tmp_path / "run")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert set(record["seconds"]) == set(Stopwatch.NAMES)
     assert sum(record["seconds"].values()) == pytest.approx(record["wall_seconds"], abs=0.1)
@@ -220,15 +220,15 @@ def test_time_adds_up_to_the_wall_time(data_dir, tmp_path):
 
 
 def test_evaluate_checkpoint_gives_the_numbers_of_training(data_dir, tmp_path):
-    config = tiny(data_dir, total_steps=3)
+    config = short(data_dir)
     _, results = run(config, tmp_path / "run")
     step, again = train_lib.evaluate_checkpoint(config, epath.Path(tmp_path / "run"))
-    assert step == 3
+    assert step == 6
     assert again == results
 
 
 def test_a_finished_run_started_again_changes_nothing(data_dir, tmp_path):
-    config = tiny(data_dir, total_steps=2)
+    config = short(data_dir)
     _, results = run(config, tmp_path / "run")
     files = ("metrics.jsonl", "run.json", "config.json")
     before = [(tmp_path / "run" / name).read_text() for name in files]
@@ -249,6 +249,16 @@ def test_a_finished_run_started_again_changes_nothing(data_dir, tmp_path):
         ({"optimizer__schedule": "cos"}, "schedule='cos' is unknown.*cosine"),
         ({"evals__test__name": "clasification"}, "did you mean 'classification'"),
         ({"data__split": "training"}, "train"),
+        ({"data__num_workers": -1}, "num_workers=-1 must be 0 or more"),
+        ({"model__dtype": "bf16"}, "dtype='bf16' is unknown; choose one of 'float32', 'bfloat16'"),
+        (
+            {
+                "model__image_size": (16, 16),
+                "augment__size": (16, 16),
+                "evals__test__augment__size": (16, 16),
+            },
+            "no image can be used; .*augmentation 'none' wants images of 16 x 16 and this one is 8",
+        ),
         ({"data__name": "nothing"}, "vit-jax prepare"),
         ({"mesh__data": 3}, "does not multiply to the 8 devices"),
         ({"objective__pool": "cls"}, "cls_token"),
@@ -273,16 +283,16 @@ def test_an_unknown_key_names_the_nearest(data_dir, tmp_path):
 
 
 def test_another_config_on_the_same_workdir_is_refused_but_cadences_may_change(data_dir, tmp_path):
-    config = tiny(data_dir, total_steps=2)
+    config = short(data_dir)
     run(config, tmp_path / "run")
-    other = tiny(data_dir, total_steps=2, optimizer__learning_rate=0.5, seed=1)
+    other = short(data_dir, optimizer__learning_rate=0.5, seed=1)
     with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.002 -> 0.5; seed: 0 -> 1"):
         run(other, tmp_path / "run")
-    run(tiny(data_dir, total_steps=2, log_every=2, eval_every=1), tmp_path / "run")
+    run(short(data_dir, log_every=2, eval_every=1), tmp_path / "run")
 
 
 def test_another_dataset_under_the_same_name_is_refused(data_dir, tmp_path, monkeypatch):
-    config = tiny(data_dir, total_steps=2)
+    config = short(data_dir)
     run(config, tmp_path / "run")
     changed = lambda *a, **k: train_lib.dataclasses.replace(  # noqa: E731
         dataset_info(*a, **k), fingerprint="0" * 64
@@ -296,8 +306,8 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(data_dir, tmp_path, monke
     scores = iter([0.1, 0.9, 0.3, 0.2, 0.4, 0.5])
     real = train_lib.evaluate
     monkeypatch.setattr(train_lib, "evaluate", lambda *a: real(*a) | {"test/top1": next(scores)})
-    leaves = {"total_steps": 6, "eval_every": 1, "save_every": 1, "train__keep": 1}
-    run(tiny(data_dir, **leaves), tmp_path / "run")
+    leaves = {"eval_every": 1, "save_every": 1, "train__keep": 1}
+    run(short(data_dir, **leaves), tmp_path / "run")
     kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
     assert kept == [2, 6]
 
@@ -306,8 +316,8 @@ def test_the_best_is_kept_where_evaluating_and_saving_do_not_meet(data_dir, tmp_
     scores = iter([0.1, 0.9, 0.3])
     real = train_lib.evaluate
     monkeypatch.setattr(train_lib, "evaluate", lambda *a: real(*a) | {"test/top1": next(scores)})
-    leaves = {"total_steps": 6, "eval_every": 2, "save_every": 5, "train__keep": 1}
-    run(tiny(data_dir, **leaves), tmp_path / "run")
+    leaves = {"eval_every": 2, "save_every": 5, "train__keep": 1}
+    run(short(data_dir, **leaves), tmp_path / "run")
     kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
     assert kept == [4, 6]
 
@@ -331,7 +341,7 @@ def test_evaluation_data_of_other_classes_are_refused(data_dir, tmp_path, monkey
 
 
 def test_other_evaluation_data_are_noticed_on_resuming(data_dir, tmp_path, monkeypatch):
-    config = tiny(data_dir, total_steps=2)
+    config = short(data_dir)
     run(config, tmp_path / "run")
 
     def other(name, **where):
@@ -352,3 +362,21 @@ def test_resuming_under_other_versions_is_said(data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(workdir_lib, "versions", lambda: now | {"jax": "99.0"})
     trainer, _ = run(config, tmp_path / "run")
     assert trainer.record.changes == [f"jax {now['jax']} -> 99.0"]
+
+
+def test_checkpoints_without_their_config_are_not_taken_over(data_dir, tmp_path):
+    run(short(data_dir), tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(ValueError, match="holds checkpoints but no config.json"):
+        run(short(data_dir), tmp_path / "run")
+
+
+def test_a_score_that_is_not_finite_is_no_score(data_dir, tmp_path, monkeypatch):
+    scores = iter([0.2, float("nan"), 0.1])
+    real = train_lib.evaluate
+    monkeypatch.setattr(train_lib, "evaluate", lambda *a: real(*a) | {"test/loss": next(scores)})
+    leaves = {"eval_every": 2, "save_every": 2, "train__keep": 1}
+    config = short(data_dir, **leaves, train__best_metric="test/loss")
+    run(config, tmp_path / "run")
+    assert steps_on_disk(tmp_path / "run") == [2, 6]
+    run(config, tmp_path / "run")  # the null of metrics.jsonl is read again

@@ -152,7 +152,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-            if isinstance(error, MismatchError):
+            if isinstance(error, MismatchError) or "out of memory" in str(error).lower():
                 raise
             older = [other for other in self._whole_steps() if other < step]
             raise OSError(
@@ -202,6 +202,8 @@ def checksums(leaves: dict[str, jax.Array]) -> dict[str, int]:
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
     # Words times odd numbers, summed modulo 2³²: exact in any order, so the same on any mesh.
+    if x.dtype == jnp.bool:
+        x = x.astype(jnp.uint8)
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     index = jnp.uint32(0)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -81,10 +82,10 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _fail(str(error))
     except RuntimeError as error:
-        if traceback or "RESOURCE_EXHAUSTED" not in str(error):
+        found = re.search("out of memory.*", str(error), re.IGNORECASE)  # XLA's words, any device
+        if traceback or not found:
             raise
-        reason = str(error).split("RESOURCE_EXHAUSTED:", 1)[-1].splitlines()[0]
-        return _fail(f"out of memory:{reason} Lower batch_size, or set model.remat to 'full'.")
+        return _fail(f"{found[0].lower()}; lower batch_size, or set model.remat to 'full'.")
 
 
 def _fail(message: str) -> int:

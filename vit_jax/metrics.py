@@ -122,11 +122,21 @@ class MetricsWriter:
         self._file: TextIO = self.path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a row; a value that is not finite is written as null."""
+        """Adds a row; a value that is not finite is written as null.
+
+        Raises:
+          OSError: the row could not be written; the checkpoints are as they were.
+        """
         row = {"step": step, "time": round(time.time(), 3)}
         row |= {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self.path} cannot be written ({error.strerror}); free the disk and start again: "
+                "the run goes on from its newest checkpoint."
+            ) from error
         self._draw(row)
         if self._wandb is not None:
             self._wandb.log(_scalars(row), step=step)

@@ -7,6 +7,7 @@ loop builds the parts from the config and then only decides when: to log, to eva
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 from vit_jax import config as config_lib
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.data.augment import make_augmentation
-from vit_jax.data.loader import HOST_ONLY, make_loader
+from vit_jax.data.loader import HOST_ONLY, Loader, make_loader
 from vit_jax.data.sources import DatasetInfo, dataset_info
 from vit_jax.evals import EVALS
 from vit_jax.metrics import MetricsWriter, Monitor, Stopwatch, read_rows
@@ -275,10 +276,11 @@ class Trainer:
         self.mesh = config_lib.call("mesh", make_mesh, config.mesh)
         check_batch_size(config.batch_size, self.mesh)
         self.info = dataset_info(config.data.name, data_dir=config.data.data_dir)
-        self.evals = make_evals(config, self.info)
         self.parts, init = make_parts(config, self.info)
         self.augment = make_augmentation(**config_lib.plain(config.augment))
         self._check_fit()
+        self.evals = make_evals(config, self.info)
+        self._loader(0).check().close()  # what does not fit in the data section is said now
         abstract = abstract_state(init, self.mesh)
         self.num_params = num_params(abstract.params)
         keep = {"keep": self.options.keep, "keep_best": self.options.keep_best}
@@ -296,6 +298,10 @@ class Trainer:
         self._take_up(init, abstract)
 
     def _check_fit(self) -> None:
+        if self.parts.preprocess.mixup and self.config.batch_size % 2:
+            raise ValueError(
+                f"mixup pairs examples: batch_size={self.config.batch_size} must be even."
+            )
         metric, sections = self.options.best_metric, {"augment": self.config.augment}
         for key, section in self.config.evals.items():
             sections[f"evals.{key}.augment"] = section.get("augment", {})
@@ -306,10 +312,10 @@ class Trainer:
                     f"{key}.size={tuple(size)} and model.image_size={self.parts.image_size} "
                     "differ; make them the same."
                 )
-        if metric and metric.split("/")[0] not in self.evals:
+        if metric and metric.split("/")[0] not in self.config.evals:
             raise ValueError(
                 f"train.best_metric={metric!r} must be EVALUATION/METRIC of the config's evals: "
-                f"{', '.join(self.evals) or 'none'}; '' turns it off."
+                f"{', '.join(self.config.evals) or 'none'}; '' turns it off."
             )
 
     def _take_up(self, init: Callable[[], TrainState], abstract: TrainState) -> None:
@@ -363,13 +369,16 @@ class Trainer:
                     self._loop()
                     with self.clock("saving"):
                         self.checkpoints.wait()
-                finally:
-                    self.record.save()
+                except BaseException:
+                    with contextlib.suppress(OSError):  # on a full disk the first error counts
+                        self.record.save()
+                    raise
+                self.record.save()
             return self._evaluated()
 
     def _loop(self) -> None:
         train_step = None
-        with self._loader() as loader:
+        with self._loader(self.step) as loader:
             for batch in self.clock.waiting(loader):
                 arrays = {key: value for key, value in batch.items() if key not in HOST_ONLY}
                 arrays = put_batch(arrays, self.mesh)
@@ -392,7 +401,7 @@ class Trainer:
                 if stopping:
                     raise Preempted
 
-    def _loader(self):
+    def _loader(self, start_step: int) -> Loader:
         # Exactly the config's `data` section, and what the run adds to it.
         return config_lib.call(
             "data",
@@ -401,7 +410,7 @@ class Trainer:
             augment=self.augment,
             batch_size=self.config.batch_size,
             seed=self.config.seed,
-            start_step=self.step,
+            start_step=start_step,
             num_steps=self.config.total_steps,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -472,8 +481,9 @@ class Trainer:
         return {k: v for row in rows for k, v in row.items() if k.split("/")[0] in self.evals}
 
     def _score(self, step: int, values: Mapping[str, float]) -> None:
-        if self.options.best_metric in values:
-            self.checkpoints.score(step, values[self.options.best_metric])
+        value = values.get(self.options.best_metric)
+        if value is not None and math.isfinite(value):
+            self.checkpoints.score(step, value)
 
     def _last_good(self) -> str:
         self.checkpoints.wait()

@@ -84,7 +84,10 @@ class RunRecord:
 
     def _check_same_run(self, workdir, config, new: Mapping[str, str], old: Mapping) -> None:
         if not (workdir / "config.json").exists():
-            return
+            raise ValueError(
+                f"workdir {workdir} holds checkpoints but no config.json, so nobody can tell "
+                "whether this is their run; use another --workdir, or put the file back."
+            )
         found = config_lib.differences(config_lib.load_run_config(workdir), config)
         for key, was in old.get("fingerprints", {}).items():
             if key in new and new[key] != was:

@@ -113,6 +113,12 @@ def test_extreme_images_still_give_the_size(name, shape):
         )
 
 
+def test_an_image_that_would_be_resized_beyond_memory_is_refused():
+    crop = make_augmentation(name="resize_center_crop", size=(224, 224))
+    with pytest.raises(decode.DecodeError, match="resizing makes 256 x 15360000 pixels; at most"):
+        crop(record(noise(1, 60_000), "JPEG"), np.random.default_rng(0))
+
+
 def test_the_whole_image_is_what_a_scale_of_one_gives():
     crop = make_augmentation(
         name="inception_crop_flip", size=(32, 32), min_scale=1.0, min_ratio=1.0, max_ratio=1.0

@@ -558,6 +558,21 @@ def test_an_official_dataset_is_built_as_array_records(tmp_path, monkeypatch):
         assert made.path == str(tmp_path / "tiny" / "1.2.3")
 
 
+def test_a_killed_build_of_an_official_dataset_leaves_nothing_that_looks_finished(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: True)
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "_examine_dataset", lambda *_, **__: 1 / 0)  # TFDS is through
+        with pytest.raises(ZeroDivisionError):
+            prepare_tfds("tiny", data_dir=str(tmp_path), progress=False)
+    with pytest.raises(FileNotFoundError, match="no dataset 'tiny'"):
+        sources.dataset_info("tiny", data_dir=str(tmp_path))
+    monkeypatch.setattr(Tiny, "_generate_examples", lambda *_: 1 / 0)  # what was built stays
+    made = prepare_tfds("tiny", data_dir=str(tmp_path), progress=False)
+    assert sources.dataset_info("tiny", data_dir=str(tmp_path)).fingerprint == made.fingerprint
+
+
 def test_an_unknown_dataset(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: True)
     with pytest.raises(ValueError, match="TFDS cannot build 'no_such_set'") as caught:

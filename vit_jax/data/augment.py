@@ -22,11 +22,11 @@ Size = tuple[int, int]
 
 
 def none(record: dict, rng: np.random.Generator, *, size: Size) -> dict[str, np.ndarray]:
-    """The image as it is stored, which must be `size` (height, width); ValueError if it is not."""
+    """The image as it is stored, which must be `size` (height, width); DecodeError if it is not."""
     image = decode.decode(record["image"])
     if image.shape[:2] != tuple(size):
         height, width = image.shape[:2]
-        raise ValueError(
+        raise decode.DecodeError(
             f"augmentation 'none' wants images of {size[0]} x {size[1]} and this one is "
             f"{height} x {width}; use 'resize_center_crop' or prepare the images in that size."
         )
@@ -133,7 +133,7 @@ class Augmentation:
         return {name: np.zeros_like(value) for name, value in example.items()}
 
 
-def make_augmentation(*, name: str, size: Size, **options) -> Augmentation:
+def make_augmentation(*, name: str = "", size: Size = (), **options) -> Augmentation:
     """Looks a recipe up in AUGMENTATIONS and fixes its options; `size` is (height, width).
 
     Raises ValueError for an unknown name (the choices listed), an unknown option (the nearest right

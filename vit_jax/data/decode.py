@@ -82,7 +82,10 @@ def decode(data: bytes, *, min_size: tuple[int, int] | None = None) -> np.ndarra
     except ValueError as error:
         if not any(text in str(error) for text in _HARMLESS):
             raise DecodeError(_one_line(error)) from error
+    try:
         return simplejpeg.decode_jpeg(data, "RGB", strict=False, **least)
+    except ValueError as error:
+        raise DecodeError(_one_line(error)) from error
 
 
 def scale_factor(shape: tuple[int, int], min_size: tuple[int, int]) -> int:
@@ -104,6 +107,7 @@ def resize(image: np.ndarray, size: tuple[int, int], *, antialias: bool) -> np.n
     height, width = size
     if image.shape[:2] == (height, width):
         return image
+    _check_size(height, width, "resizing makes")
     if antialias:
         resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
         return np.array(resized)
@@ -158,11 +162,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(background, image).convert("RGB")
 
 
-def _check_size(height: int, width: int) -> None:
+def _check_size(height: int, width: int, who: str = "the header says") -> None:
     if not 0 < height * width <= MAX_PIXELS:
-        raise DecodeError(
-            f"the header says {height} x {width} pixels; at most {MAX_PIXELS} are read"
-        )
+        raise DecodeError(f"{who} {height} x {width} pixels; at most {MAX_PIXELS} are allowed")
 
 
 def _one_line(error: BaseException) -> str:

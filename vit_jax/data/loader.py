@@ -196,6 +196,19 @@ class Loader:
         """The number of batches from `start_step` on."""
         return len(self._batches)
 
+    def check(self) -> "Loader":
+        """Raises ValueError if the recipe can use none of a few examples from all over the split.
+
+        One bad image among many is only left out; a recipe that does not fit the images would leave
+        out all of them.
+        """
+        count = min(len(self.source), 8)
+        indices = [number * len(self.source) // count for number in range(count)]
+        errors = [self._batches.error(index) for index in indices]
+        if all(errors):
+            raise ValueError(f"no image can be used; {errors[0]}")
+        return self
+
     def __enter__(self) -> "Loader":
         return self
 
@@ -287,6 +300,13 @@ class _LocalBatches:
             batch["mask"][slot] = index >= 0 and not errors[slot]
             for name, value in arrays.items():
                 batch[name][slot] = value
+
+    def error(self, index: int) -> str:
+        """What is wrong with the example at `index`, '' if nothing."""
+        try:
+            return self._load(0, index)[2]
+        except ValueError as error:  # strict
+            return str(error)
 
     def _load(self, position: int, index: int) -> tuple[dict[str, np.ndarray], int, str]:
         """The recipe's arrays, the label, and what is wrong with the example ('' if nothing)."""

@@ -237,8 +237,9 @@ def prepare_tfds(
 ) -> Prepared:
     """Builds an official TFDS dataset (`name[/config][:version]`) in ArrayRecord form.
 
-    TFDS downloads, writes and finishes it; it is not built twice. Then images are decoded once, and
-    unreadable ones are listed but kept.
+    TFDS downloads and writes it, in a hidden folder; then images are decoded once, and unreadable
+    ones are listed but kept; then it gets its name. A killed call goes on where it can, and what is
+    built is not built twice.
 
     Args:
       name: as TFDS knows it, such as `cifar100` or `imagenet2012`.
@@ -253,18 +254,26 @@ def prepare_tfds(
             "building a TFDS dataset needs TensorFlow (reading it does not): "
             "pip install 'vit-jax[tfds]'"
         )
+    root = epath.Path(data_dir).expanduser()
+    hidden = root / ".tfds"
     try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir or None)
-        )
+        builder = tfds.builder(name, data_dir=hidden, file_format="array_record")
+        final = root / epath.Path(builder.data_dir).relative_to(hidden)
+        if not final.exists():
+            builder.download_and_prepare(
+                download_dir=root / "downloads",
+                download_config=tfds.download.DownloadConfig(manual_dir=manual_dir or None),
+            )
     except (tfds.core.DatasetNotFoundError, AssertionError, ValueError) as error:
         # AssertionError is what TFDS raises where something must be downloaded by hand.
         raise ValueError(f"TFDS cannot build {name!r}: {' '.join(str(error).split())}") from error
-    path = epath.Path(builder.data_dir)
+    path = final if final.exists() else epath.Path(builder.data_dir)
     prepared = _examine_dataset(path, made_by="tfds", progress=progress)
-    prepared = dataclasses.replace(prepared, name=name, data_dir=data_dir)
+    prepared = dataclasses.replace(prepared, name=name, data_dir=data_dir, path=str(final))
     _save_prepared(prepared, pathlib.Path(path))
+    if path != final:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(final)
     return prepared
 
 

@@ -49,7 +49,8 @@ class Classification:
             strict=strict,
         )
         self.info = dataset_info(dataset, data_dir=data_dir)
-        self._make_loader().close()  # what does not fit is said now, not after hours of training
+        # What does not fit is said now, and not after hours of training.
+        self._make_loader().check().close()
 
     def run(
         self,

@@ -116,6 +116,7 @@ class VisionTransformer(nnx.Module):
         self.grid = _grid(self.image_size, self.patch_size)
         _check_rates(dropout=dropout, drop_path=drop_path, patch_dropout=patch_dropout)
         _check_choices(pos_embed=pos_embed, mlp=mlp, activation=activation, norm=norm, remat=remat)
+        _check_choices(dtype=dtype if isinstance(dtype, str) else str(jnp.dtype(dtype)))
         _check_tokens(cls_token, dist_token, num_reg_tokens)
         _check_heads(dim, num_heads, pos_embed)
         self.dim, self.depth, self.num_heads, self.mlp_dim = dim, depth, num_heads, mlp_dim
@@ -426,6 +427,7 @@ CHOICES = {
     "activation": ACTIVATIONS,
     "norm": NORMS,
     "remat": REMAT_POLICIES,
+    "dtype": ("float32", "bfloat16", "float16"),
 }
 
 
