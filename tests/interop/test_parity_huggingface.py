@@ -11,10 +11,10 @@ from etils import epath
 from tests.interop.models import assert_close, draw
 from vit_jax.interop import files
 from vit_jax.interop.export import export
-from vit_jax.interop.layouts import HF_DINOV2, HF_SIGLIP, HF_VIT
+from vit_jax.interop.layouts import LAYOUTS
 from vit_jax.interop.load import Source, read_source
 from vit_jax.interop.spec import fill, infer_backbone, make_model, params_of_shapes
-from vit_jax.interop.tables import read
+from vit_jax.interop.tables import read, recognise
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
@@ -175,10 +175,12 @@ def test_export_back(saved, name, tmp_path):
     assert "transformers" in found["run_with"]
     original = files.read_arrays(folder / files.SINGLE)
     written = files.read_arrays(out / files.SINGLE)
-    lost = {key for key in original if "mask_token" in key}
-    assert written.keys() == original.keys() - lost
+    if name == "siglip":  # which transformers 5 writes without a prefix, and 4 does not read so
+        written = {key.removeprefix("vision_model."): x for key, x in written.items()}
+    assert written.keys() == original.keys()
     for key, array in written.items():
-        np.testing.assert_array_equal(array, original[key], err_msg=key)
+        if "mask_token" not in key:  # it belongs to pretraining; ours is zero
+            np.testing.assert_array_equal(array, original[key], err_msg=key)
     if source.spec.num_classes:
         opened = transformers.AutoModelForImageClassification.from_pretrained(out)
         assert opened.config.id2label == {i: f"LABEL_{i}" for i in range(5)}
@@ -329,7 +331,7 @@ def test_published_sizes_are_covered(name):
         model = getattr(transformers, model_class)(config)
     zero = np.zeros((), np.float32)
     arrays = {k: np.broadcast_to(zero, tuple(v.shape)) for k, v in model.state_dict().items()}
-    layout = next(x for x in (HF_SIGLIP, HF_DINOV2, HF_VIT) if _fits(x, arrays))
+    layout = recognise(list(arrays), LAYOUTS)
     _, arrays = layout.normalise(arrays)
     # All blocks have the shapes of the first, which stands for them: the rest needs no memory.
     one, depth = _first_block(arrays)
@@ -340,7 +342,8 @@ def test_published_sizes_are_covered(name):
     known = {"num_heads": config.num_attention_heads}
     params, backbone, _ = infer_backbone(params, known)
     assert backbone["dim"] == config.hidden_size
-    assert backbone["image_size"] == (config.image_size,) * 2
+    side = config.image_size // config.patch_size * config.patch_size  # 384 in patches of 14
+    assert backbone["image_size"] == (side, side)
     from tests.interop.models import spec
 
     pool = {"siglip": "map", "vit_features": "cls_tanh", "vit": "cls"}.get(family, "none")
@@ -354,11 +357,6 @@ def test_published_sizes_are_covered(name):
     )
     wanted = params_of_shapes(make_model(made))
     assert {key: array.shape for key, array in params.items()} == wanted
-
-
-def _fits(layout, arrays) -> bool:
-    _, short = layout.normalise(arrays)
-    return len(layout.known(short)) > len(short) // 2
 
 
 def _first_block(arrays):

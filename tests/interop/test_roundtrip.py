@@ -50,7 +50,8 @@ def test_there_and_back(format, variant, tmp_path, monkeypatch):
     assert read.params.keys() == made.params.keys()
     for name, array in made.params.items():
         np.testing.assert_array_equal(read.params[name], array, err_msg=name)
-    assert not read.report.missing and not read.report.unexpected
+    assert not read.report.missing
+    assert not [line for line in read.report.unexpected if "mask_token" not in line]
     if format != "npz":  # which says neither preprocessing nor class names
         assert read.spec == made.spec
     else:

@@ -224,7 +224,10 @@ def export(params: Params, spec: Spec) -> tuple[Params, dict[str, Any], dict[str
     """
     target = choose(spec)
     params = expand(params, spec, target)
-    arrays = write(target.layout, params, num_heads=spec.backbone["num_heads"])
+    b = spec.backbone
+    arrays = write(_layout(target, b["mlp"]), params, num_heads=b["num_heads"])
+    if target.layout is HF_DINOV2:  # which the class has, and masked pretraining alone reads
+        arrays["embeddings.mask_token"] = np.zeros((1, b["dim"]), np.float32)
     if target is DEIT_TEACHER:
         renames = {f"classifier.{leaf}": f"cls_classifier.{leaf}" for leaf in ("weight", "bias")}
         arrays = {renames.get(name, name): array for name, array in arrays.items()}
@@ -234,6 +237,14 @@ def export(params: Params, spec: Spec) -> tuple[Params, dict[str, Any], dict[str
         for name, array in arrays.items()
     }
     return arrays, _config(spec, target), preprocessor(spec)
+
+
+def _layout(target: Target, mlp: str) -> Layout:
+    """The table; of an MLP's names there are two kinds, and here is only one kind of MLP."""
+    if mlp == "mlp":
+        return target.layout
+    rows = tuple(row for row in target.layout.rows if ".mlp.fc" not in row.theirs)
+    return dataclasses.replace(target.layout, rows=rows)
 
 
 def _config(spec: Spec, target: Target) -> dict[str, Any]:

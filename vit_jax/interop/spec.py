@@ -167,7 +167,10 @@ def _place(params, options, known) -> tuple[Params, dict[str, Any], list[str]]:
             "image_size": tuple(g * p for g, p in zip(grid, patch, strict=True)),
             "pos_embed": "learned",
         }
-        return params | {"backbone/pos_embed": table}, places, []
+        notes = []
+        if size and tuple(size) != places["image_size"]:
+            notes = [f"image_size={places['image_size']}: of {tuple(size)} the rest is not read"]
+        return params | {"backbone/pos_embed": table}, places, notes
     raise ValueError(
         f"the position table of {len(table)} rows is no square grid with {prefix} prefix tokens; "
         "tell the image's height and width by --image_size."
