@@ -40,6 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
         arg.steps = round(num_examples / arg.batch_size * arg.epochs)
     config = ConfigDict()
     config.seed = 0
+    config.init_from = ""
     config.total_steps = arg.steps
     config.batch_size = arg.batch_size
     config.log_every = 1 if arg.debug else 50

@@ -18,6 +18,7 @@ def get_config(arg: str = "") -> ConfigDict:
     steps = 20 if arg.debug else arg.steps
     config = ConfigDict()
     config.seed = 0
+    config.init_from = ""
     config.total_steps = steps
     config.batch_size = 64
     config.log_every = 5 if arg.debug else 100

@@ -42,6 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     steps = 4 if arg.debug else max(round(num_examples / arg.batch_size * arg.epochs), 1)
     config = ConfigDict()
     config.seed = 0
+    config.init_from = ""
     config.total_steps = steps
     config.batch_size = arg.batch_size
     config.log_every = 1 if arg.debug else 50

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from vit_jax.checkpoint import unstack
 from vit_jax.models.vit import make_vit
 from vit_jax.objectives.supervised import Supervised
 from vit_jax.optim import SCHEDULES, decay_mask, make_optimizer, make_schedule, update_ema
@@ -101,6 +102,8 @@ def test_steps_that_just_fit_are_fine(options):
         ({"learning_rate": -1.0}, "learning_rate=-1.0.*must not be negative"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0.*must not be negative"),
         ({"clip_norm": -1.0}, "clip_norm=-1.0.*must not be negative"),
+        ({"layer_decay": 0.0}, "layer_decay=0.0 must be over 0 and at most 1.0"),
+        ({"layer_decay": 1.5}, "layer_decay=1.5 must be over 0 and at most 1.0"),
     ],
 )
 def test_values_out_of_range_are_refused(options, words):
@@ -183,3 +186,61 @@ def test_ema_is_the_weighted_mean_of_all_that_was():
         ema = update_ema(ema, {"x": jnp.float32(value)}, decay)
     weights = [0.9**3, 0.1 * 0.9**2, 0.1 * 0.9, 0.1]
     assert float(ema["x"]) == pytest.approx(np.dot(weights, values))
+
+
+def model_params(scan: bool) -> dict:
+    """Parameters of three blocks and all tokens, as a run names them; the same numbers."""
+    shape = {"image_size": 4, "dim": 8, "depth": 3, "num_heads": 2, "mlp_dim": 12, "scan": scan}
+    tokens = {"cls_token": True, "dist_token": True, "num_reg_tokens": 2}
+    vit = make_vit(variant="Ti/2", **shape, **tokens, rngs=nnx.Rngs(0))
+    options = {"num_classes": 3, "preprocess": Preprocess(), "pool": "map", "rngs": nnx.Rngs(1)}
+    modules = {"backbone": vit, "objective": Supervised(backbone=vit, **options)}
+    return {name: nnx.to_pure_dict(nnx.state(module)) for name, module in modules.items()}
+
+
+def updates_of(params, **options):
+    """By unstacked name, three steps' updates for gradients that depend on the name alone."""
+    optimizer, _ = make_optimizer(learning_rate=0.1, total_steps=10, weight_decay=0.3, **options)
+
+    def run(params):
+        state = optimizer.init(params)
+        for step in range(1, 4):
+            grads = jax.tree.map(lambda x, step=step: jnp.sin(step * (x + 1)), params)
+            updates, state = optimizer.update(grads, state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+        return updates
+
+    return unstack(named_leaves(jax.jit(run)(params)))
+
+
+def test_layers_further_from_the_output_learn_more_slowly():
+    decay, params = 0.5, model_params(scan=False)
+    step = {"learning_rate": 0.1, "total_steps": 10, "weight_decay": 0.3, "depth": 3}
+    plain, scaled = (make_optimizer(**step, layer_decay=value)[0] for value in (1.0, decay))
+    grads = jax.tree.map(jnp.ones_like, params)
+    one = named_leaves(plain.update(grads, plain.init(params), params)[0])
+    two = named_leaves(scaled.update(grads, scaled.init(params), params)[0])
+    layers = {}
+    for name in one:  # the decay of weights shrinks as well: the whole update does
+        ratio = np.unique(np.round(np.asarray(two[name] / one[name]), 5))
+        assert len(ratio) == 1, name
+        layers[name] = 4 + np.log2(ratio[0])
+    for name, layer in layers.items():
+        parts = name.split("/")
+        if parts[1] == "blocks":
+            assert layer == int(parts[2]) + 1, name
+        elif parts[1] in ("patch_embed", "cls_token", "dist_token", "reg_tokens", "pos_embed"):
+            assert layer == 0, name
+        else:  # the backbone's norm, pooling and head
+            assert layer == 4, name
+    assert set(layers.values()) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.65])
+def test_stacked_blocks_are_updated_like_looped_ones(layer_decay):
+    options = {"layer_decay": layer_decay, "depth": 3}
+    looped = updates_of(model_params(scan=False), **options)
+    stacked = updates_of(model_params(scan=True), **options)
+    assert looped.keys() == stacked.keys()
+    for name in looped:
+        np.testing.assert_allclose(looped[name], stacked[name], rtol=1e-5, atol=1e-8, err_msg=name)

@@ -30,7 +30,7 @@ def batch(seed, size=8):
 def test_every_byte_is_normalised_exactly():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     images = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, None, :, None], (1, 1, 256, 3))
-    out = make_preprocess(normalize="dataset", mean=mean, std=std)(jnp.asarray(images))
+    out = make_preprocess(normalize="given", mean=mean, std=std)(jnp.asarray(images))
     assert out.dtype == jnp.float32
     wanted = (images / 255.0 - np.array(mean)) / np.array(std)
     np.testing.assert_allclose(out, wanted, rtol=1e-6, atol=1e-6)
@@ -100,12 +100,21 @@ def test_mixup_needs_pairs():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"normalize": "imagenet"}, "normalize='imagenet' is unknown; choose 'half' or 'dataset'"),
+        (
+            {"normalize": "imagenet"},
+            "normalize='imagenet' is unknown; choose 'half', 'dataset' or 'given'",
+        ),
         ({"normalize": "dataset"}, "needs a dataset with statistics; use 'half'"),
         (
-            {"normalize": "dataset", "mean": (0.5, 0.0, 0.5), "std": (0.2, 0.0, 0.2)},
+            {
+                "normalize": "dataset",
+                "dataset_mean": (0.5, 0.0, 0.5),
+                "dataset_std": (0.2, 0.0, 0.2),
+            },
             r"divides by the deviations \(0.2, 0.0, 0.2\); use 'half'",
         ),
+        ({"normalize": "given", "mean": (0.5,) * 3}, r"needs three numbers each, .* std=\(\)"),
+        ({"mean": (0.5,) * 3}, "mean and std need normalize='given', not 'half'"),
         ({"mixup": -0.1}, "mixup=-0.1 must not be negative"),
     ],
 )
@@ -116,6 +125,9 @@ def test_bad_values_are_refused(options, words):
 
 def test_what_is_made_from_a_config():
     assert make_preprocess(mixup=0.2) == Preprocess(HALF, HALF, 0.2)
-    made = make_preprocess(normalize="dataset", mean=[0.1, 0.2, 0.3], std=[1, 2, 3])
+    made = make_preprocess(normalize="given", mean=[0.1, 0.2, 0.3], std=[1, 2, 3])
     assert made == Preprocess((0.1, 0.2, 0.3), (1, 2, 3), 0.0)
+    measured = {"dataset_mean": [0.1, 0.2, 0.3], "dataset_std": [1, 2, 3]}
+    assert make_preprocess(normalize="dataset", **measured) == made
+    assert make_preprocess(**measured) == Preprocess()
     assert hash(made)  # it is part of a model's structure, and so of a jitted function's key

@@ -9,6 +9,7 @@ from etils import epath
 
 from tests.recipes import tiny
 from tests.runs import StopAfter, assert_same_bits, deterministic_rows, run, short, steps_on_disk
+from vit_jax import load
 from vit_jax import train as train_lib
 from vit_jax import workdir as workdir_lib
 from vit_jax.data.loader import HOST_ONLY, make_loader
@@ -380,3 +381,86 @@ def test_a_score_that_is_not_finite_is_no_score(data_dir, tmp_path, monkeypatch)
     run(config, tmp_path / "run")
     assert steps_on_disk(tmp_path / "run") == [2, 6]
     run(config, tmp_path / "run")  # the null of metrics.jsonl is read again
+
+
+HEAD = "objective/head/.*"
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_frozen_parameters_keep_every_bit(data_dir, tmp_path, scan):
+    """Averaged, with weight decay and dropout, over a restart: only what is trained moves."""
+    leaves = {"train__trainable": HEAD, "model__scan": scan, "save_every": 3}
+    config = short(data_dir, **leaves)
+    info = dataset_info("digits", data_dir=data_dir)
+    _, init = train_lib.make_parts(config, info)
+    before = jax.jit(init)()
+    trainer, _ = run(config, tmp_path / "run")
+    assert_same_bits(before.non_trainable, trainer.state.non_trainable)
+    trained = set(named_leaves(trainer.state.params))
+    assert trained == {"objective/head/fc/kernel", "objective/head/fc/bias"}
+    assert trained == set(named_leaves(trainer.state.ema))
+    for name, moved in named_leaves(trainer.state.params).items():
+        assert (np.asarray(moved) != np.asarray(named_leaves(before.params)[name])).any()
+    moments = {n for n in named_leaves(trainer.state.opt_state) if "kernel" in n or "bias" in n}
+    assert len(moments) == 4  # mu and nu of the head, of nothing else
+    assert trainer.num_trained == sum(x.size for x in jax.tree.leaves(before.params))
+    assert trainer.num_params > 10 * trainer.num_trained
+    wanted = trainer.parts.model(trainer.state)
+    pixels = np.zeros((2, 8, 8, 3), np.uint8)
+    np.testing.assert_allclose(load(tmp_path / "run")(pixels), wanted(pixels), atol=1e-6)
+
+
+def test_frozen_parameters_outlive_skipped_steps(data_dir):
+    config = tiny(data_dir, train__trainable=HEAD, train__ema_decay=0.5)
+    parts, init = train_lib.make_parts(config, dataset_info("digits", data_dir=data_dir))
+    state = jax.jit(init)()
+    sick = state._replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+    batch = {
+        "image": np.zeros((16, 8, 8, 3), np.uint8),
+        "label": np.zeros(16, np.int32),
+        "mask": np.ones(16, bool),
+    }
+    new, metrics = jax.jit(functools.partial(train_lib.train_step, parts))(sick, batch)
+    assert not metrics["finite"]
+    assert_same_bits(sick.non_trainable, new.non_trainable)
+    assert_same_bits(sick.ema, new.ema)
+
+
+@pytest.mark.parametrize("pattern", [".*", "(backbone|objective)/.*"])
+def test_a_regex_that_takes_all_changes_nothing(data_dir, pattern):
+    info = dataset_info("digits", data_dir=data_dir)
+    states = []
+    for value in ("", pattern):
+        _, init = train_lib.make_parts(tiny(data_dir, train__trainable=value), info)
+        states.append(jax.eval_shape(init))
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
+@pytest.mark.parametrize(
+    "leaves, words",
+    [
+        ({"train__trainable": "head"}, "trainable='head' matches none of the .*'backbone/.*'"),
+        ({"train__trainable": "(head"}, r"trainable='\(head' is no regex: "),
+        (
+            {"train__trainable": "backbone/blocks/1/.*", "model__scan": True},
+            "takes 1 of the 2 layers of backbone/blocks/.*; use model.scan=False",
+        ),
+    ],
+)
+def test_what_cannot_be_frozen_is_said(data_dir, leaves, words):
+    info = dataset_info("digits", data_dir=data_dir)
+    with pytest.raises(ValueError, match=words):
+        train_lib.make_parts(tiny(data_dir, **leaves), info)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_blocks_are_frozen_by_their_number(data_dir, scan):
+    info = dataset_info("digits", data_dir=data_dir)
+    leaves = {"train__trainable": r"backbone/blocks/\d+/mlp/.*", "model__scan": scan}
+    if not scan:
+        leaves["train__trainable"] = "backbone/blocks/1/mlp/.*"
+    _, init = train_lib.make_parts(tiny(data_dir, **leaves), info)
+    names = named_leaves(jax.eval_shape(init).params)
+    layer = "" if scan else "/1"
+    linears = [f"{fc}/{leaf}" for fc in ("fc1", "fc2") for leaf in ("kernel", "bias")]
+    assert set(names) == {f"backbone/blocks{layer}/mlp/{name}" for name in linears}

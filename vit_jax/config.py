@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from vit_jax.spelling import nearest
 
 TOP_LEVEL = {
-    *("seed", "total_steps", "batch_size", "log_every", "eval_every", "save_every"),
+    *("seed", "init_from", "total_steps", "batch_size"),
+    *("log_every", "eval_every", "save_every"),
     *("model", "objective", "preprocess", "augment", "data", "optimizer", "mesh", "train", "evals"),
 }
 
@@ -197,3 +198,15 @@ def dataset_splits(name: str, *, data_dir: str) -> dict[str, int]:
     from vit_jax.data.sources import dataset_info  # a config without epochs need not wait for it
 
     return dataset_info(name, data_dir=data_dir).splits
+
+
+def weights_config(path: str) -> dict[str, Any]:
+    """'model' (a section's values), 'pool', 'mean' and 'std' of weights that a run starts from.
+
+    Raises:
+      FileNotFoundError, ValueError: nothing there, or no weights; see `vit_jax.load`.
+    """
+    from vit_jax.interop.load import read_source  # only recipes that start from weights wait for it
+    from vit_jax.interop.spec import config_of
+
+    return config_of(read_source(path).spec)

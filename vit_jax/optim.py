@@ -1,9 +1,11 @@
 """Schedules, masks and optimisers: optax, named."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from vit_jax.tree import map_named
@@ -97,6 +99,39 @@ def decay_mask(params: Any) -> Any:
     return map_named(lambda name, _: name.rsplit("/", 1)[-1] in DECAYED, params)
 
 
+EMBEDDING = re.compile(r"backbone/(patch_embed|cls_token|dist_token|reg_tokens|pos_embed)\b")
+BLOCK = re.compile(r"backbone/blocks/(\d+/)?")  # without a number: all of them, stacked by a scan
+
+
+def layer_scale_of(name: str, leaf: jax.Array, *, decay: float, depth: int) -> jax.Array:
+    """decay^(depth + 1 - l), l the layer of a parameter; what it is multiplied with.
+
+    Embeddings are layer 0, block i is layer i + 1, norm, pooling and heads are layer depth + 1
+    (Bao et al. 2022, BEiT, appendix H; He et al. 2022, MAE, appendix A.1). Stacked blocks have a
+    leading axis of layers: then the answer has it, too.
+    """
+    if EMBEDDING.match(name):
+        layer = jnp.array(0.0)
+    elif not (match := BLOCK.match(name)):
+        layer = jnp.array(depth + 1.0)
+    elif match[1]:
+        layer = jnp.array(float(match[1][:-1]) + 1)
+    else:
+        layer = jnp.arange(1.0, depth + 1).reshape(depth, *[1] * (leaf.ndim - 1))
+    return (decay ** (depth + 1 - layer)).astype(leaf.dtype)
+
+
+def scale_by_layer(decay: float, depth: int) -> optax.GradientTransformation:
+    """Smaller updates, weight decay included, the further a layer is from the output."""
+
+    def scale(updates, params=None):
+        return map_named(
+            lambda name, x: x * layer_scale_of(name, x, decay=decay, depth=depth), updates
+        )
+
+    return optax.stateless(scale)
+
+
 def adamw(schedule, *, b1, b2, eps, weight_decay) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019): the decay is `weight_decay` × learning rate a step."""
     return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
@@ -119,6 +154,8 @@ def make_optimizer(
     b2: float = 0.999,
     eps: float = 1e-8,
     clip_norm: float = 0.0,
+    layer_decay: float = 1.0,
+    depth: int = 0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimiser and its learning-rate schedule.
 
@@ -129,6 +166,9 @@ def make_optimizer(
       weight_decay: decoupled, times the learning rate, on kernels only.
       b1, b2, eps: of Adam.
       clip_norm: the global norm that gradients are scaled down to; 0.0 for no clipping.
+      layer_decay: the learning rate of each layer over that of the next one, see
+        `layer_scale_of`; 1.0 makes them the same.
+      depth: of the backbone, in blocks; for `layer_decay`.
 
     Raises:
       ValueError: an unknown name or a value out of range.
@@ -139,6 +179,8 @@ def make_optimizer(
             f"learning_rate={learning_rate}, weight_decay={weight_decay} and clip_norm={clip_norm} "
             "must not be negative."
         )
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay={layer_decay} must be over 0 and at most 1.0, for none.")
     learning_rates = make_schedule(
         name=schedule,
         learning_rate=learning_rate,
@@ -149,6 +191,7 @@ def make_optimizer(
     )
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     parts.append(OPTIMIZERS[name](learning_rates, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay))
+    parts += [scale_by_layer(layer_decay, depth)] if layer_decay < 1 else []
     return optax.chain(*parts), learning_rates
 
 

@@ -1,6 +1,7 @@
 """From uint8 pixels to what the model wants: on the device, inside the step."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -69,27 +70,42 @@ def _partner(x: jax.Array) -> jax.Array:
 def make_preprocess(
     *,
     normalize: str = "half",
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
     mixup: float = 0.0,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
+    dataset_mean: tuple[float, ...] | None = None,
+    dataset_std: tuple[float, ...] | None = None,
 ) -> Preprocess:
-    """A `Preprocess` that normalises by 0.5 ('half') or the dataset's statistics ('dataset').
+    """A `Preprocess` that normalises by 0.5 ('half'), the dataset's statistics, or given ones.
 
     Args:
-      normalize: 'half' or 'dataset'.
+      normalize: 'half', 'dataset' or 'given'.
+      mean, std: for 'given', by channel and in units where white is 1: what weights were made with.
       mixup: see `Preprocess`.
-      mean, std: the dataset's, where it knows them.
+      dataset_mean, dataset_std: the dataset's, where it knows them.
 
     Raises:
-      ValueError: an unknown `normalize`, a dataset without statistics or with a constant channel, a
-        negative mixup.
+      ValueError: an unknown `normalize`, a dataset without statistics or with a constant channel,
+        no three given numbers, a negative mixup.
     """
     if mixup < 0:
         raise ValueError(f"mixup={mixup} must not be negative; 0.0 turns it off.")
+    if normalize == "given":
+        if len(mean) != 3 or len(std) != 3 or not all(std):
+            raise ValueError(
+                f"normalize='given' needs three numbers each, not mean={tuple(mean)} and "
+                f"std={tuple(std)}, and none of std zero."
+            )
+        return Preprocess(tuple(mean), tuple(std), mixup)
+    if len(mean) or len(std):
+        raise ValueError(f"mean and std need normalize='given', not {normalize!r}.")
     if normalize == "half":
         return Preprocess(mixup=mixup)
     if normalize != "dataset":
-        raise ValueError(f"normalize={normalize!r} is unknown; choose 'half' or 'dataset'.")
+        raise ValueError(
+            f"normalize={normalize!r} is unknown; choose 'half', 'dataset' or 'given'."
+        )
+    mean, std = dataset_mean, dataset_std
     if mean is None or std is None:
         raise ValueError("normalize='dataset' needs a dataset with statistics; use 'half'.")
     if not all(std):

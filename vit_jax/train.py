@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -20,11 +21,12 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
-from vit_jax.checkpoint import Checkpoints
+from vit_jax.checkpoint import Checkpoints, unstack_abstract
 from vit_jax.data.augment import make_augmentation
 from vit_jax.data.loader import HOST_ONLY, Loader, make_loader
 from vit_jax.data.sources import DatasetInfo, dataset_info
 from vit_jax.evals import EVALS
+from vit_jax.interop.start import start_from
 from vit_jax.metrics import MetricsWriter, Monitor, Stopwatch, read_rows
 from vit_jax.models.vit import make_vit
 from vit_jax.objectives import OBJECTIVES, Model, Objective
@@ -32,7 +34,7 @@ from vit_jax.optim import make_optimizer, num_updates, update_ema
 from vit_jax.preprocess import Preprocess, make_preprocess
 from vit_jax.runtime import Preempted, StopSignal
 from vit_jax.sharding import check_batch_size, make_mesh, pad_batch, put_batch, replicated
-from vit_jax.tree import all_finite, num_params
+from vit_jax.tree import all_finite, named_leaves, num_params
 from vit_jax.workdir import RunRecord
 
 Batch = Mapping[str, jax.Array]
@@ -49,6 +51,9 @@ class TrainOptions:
       best_metric: like 'test/top1', higher is better; '' for none.
       ema_decay: of the parameters' moving average, which evaluation then uses; 0.0 for none.
       max_skips: how many updates that are not finite are skipped before the run stops.
+      trainable: regex that the whole name of a parameter must match to be trained, such as
+        'objective/head/.*' (blocks by number: 'backbone/blocks/11/.*'); '' for all. The others
+        keep every bit: they have no gradient, optimiser state, weight decay or average.
       wandb: project at Weights & Biases; '' for none.
     """
 
@@ -57,6 +62,7 @@ class TrainOptions:
     best_metric: str = ""
     ema_decay: float = 0.0
     max_skips: int = 0
+    trainable: str = ""
     wandb: str = ""
 
     def __post_init__(self):
@@ -64,6 +70,10 @@ class TrainOptions:
             raise ValueError(f"ema_decay={self.ema_decay} must be in [0, 1).")
         if self.max_skips < 0:
             raise ValueError(f"max_skips={self.max_skips} must not be negative.")
+        try:
+            re.compile(self.trainable)
+        except re.error as error:
+            raise ValueError(f"trainable={self.trainable!r} is no regex: {error}.") from error
 
 
 class TrainState(NamedTuple):
@@ -72,7 +82,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: int32 scalar, updates tried so far.
       params: {'backbone': …, 'objective': …}, what gets gradients.
-      non_trainable: the same for every other variable.
+      non_trainable: the same for every other variable, frozen parameters among them.
       opt_state: of optax.
       ema: an exponential moving average of the parameters, or ().
     """
@@ -97,6 +107,7 @@ class Parts:
     preprocess: Preprocess
     flops_per_image: int
     image_size: tuple[int, int]
+    num_params: int
 
     def merge(self, params: Any, non_trainable: Any) -> tuple[Any, Objective]:
         """The backbone and the objective as modules."""
@@ -112,6 +123,13 @@ class Parts:
             _, trained, rest = nnx.split(module, self.trainable[name], ...)
             params[name], non_trainable[name] = map(nnx.to_pure_dict, (trained, rest))
         return params, non_trainable
+
+    def start(self, backbone: nnx.Module, objective: Objective) -> TrainState:
+        """The state before the first step."""
+        params, non_trainable = self.split(backbone, objective)
+        ema = jax.tree.map(jnp.copy, params) if self.ema_decay else ()
+        opt_state = self.optimizer.init(params)
+        return TrainState(jnp.int32(0), params, non_trainable, opt_state, ema)
 
     def model(self, state: TrainState) -> Model:
         """What evaluation and export see: of the averaged parameters where there are any."""
@@ -164,14 +182,10 @@ def example_keys(seed: int, step: jax.Array, batch_size: int) -> jax.Array:
 
 def make_parts(config: ConfigDict, info: DatasetInfo) -> tuple[Parts, Callable[[], TrainState]]:
     """The static parts of a run, and a function that makes its initial `TrainState`."""
-    preprocess = config_lib.call(
-        "preprocess", make_preprocess, config.preprocess, mean=info.mean, std=info.std
-    )
+    measured = {"dataset_mean": info.mean, "dataset_std": info.std}
+    preprocess = config_lib.call("preprocess", make_preprocess, config.preprocess, **measured)
     objective_class, options = config_lib.choose("objective", OBJECTIVES, config.objective)
-    optimizer, schedule = config_lib.call(
-        "optimizer", make_optimizer, config.optimizer, total_steps=config.total_steps
-    )
-    ema_decay = config_lib.call("train", TrainOptions, config.train).ema_decay
+    training = config_lib.call("train", TrainOptions, config.train)
 
     def make_modules():
         rngs = nnx.Rngs(config.seed)
@@ -186,25 +200,80 @@ def make_parts(config: ConfigDict, info: DatasetInfo) -> tuple[Parts, Callable[[
 
     backbone, objective = nnx.eval_shape(make_modules)
     graphdefs = {"backbone": nnx.graphdef(backbone), "objective": nnx.graphdef(objective)}
+    derived = {"total_steps": config.total_steps, "depth": backbone.depth}
+    optimizer, schedule = config_lib.call("optimizer", make_optimizer, config.optimizer, **derived)
     trainable = {"backbone": nnx.Param, "objective": objective.trainable}
+    params = {
+        name: nnx.to_pure_dict(nnx.state(module, trainable[name]))
+        for name, module in (("backbone", backbone), ("objective", objective))
+    }
+    trained = trained_names(params, training.trainable)
     parts = Parts(
         graphdefs=graphdefs,
-        trainable=trainable,
+        trainable={name: _by_name(name, trained) for name in trainable},
         optimizer=optimizer,
         schedule=schedule,
         seed=config.seed,
-        ema_decay=ema_decay,
+        ema_decay=training.ema_decay,
         preprocess=preprocess,
         flops_per_image=objective.flops_per_image(backbone),
         image_size=backbone.image_size,
+        num_params=num_params(params),
     )
+    return parts, lambda: parts.start(*make_modules())
 
-    def init() -> TrainState:
-        params, non_trainable = parts.split(*make_modules())
-        ema = jax.tree.map(jnp.copy, params) if parts.ema_decay else ()
-        return TrainState(jnp.int32(0), params, non_trainable, optimizer.init(params), ema)
 
-    return parts, init
+def trained_names(params: Any, pattern: str) -> frozenset[str]:
+    """The names of those parameters that the regex `pattern` takes; all for ''.
+
+    Raises:
+      ValueError: it takes none, or some of the layers that a scan has in one array.
+    """
+    leaves = named_leaves(params)
+    if not pattern:
+        return frozenset(leaves)
+    taken = set()
+    for name, leaf in leaves.items():
+        layers = unstack_abstract({name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)})
+        matches = {layer for layer in layers if re.fullmatch(pattern, layer)}
+        if matches and matches != set(layers):
+            raise ValueError(
+                f"train.trainable={pattern!r} takes {len(matches)} of the {len(layers)} layers of "
+                f"{name}, which model.scan=True keeps in one array; use model.scan=False."
+            )
+        taken |= {name} if matches else set()
+    if not taken:
+        known = unstack_abstract(leaves)
+        examples = ", ".join(repr(name) for name in (next(iter(known)), list(known)[-1]))
+        raise ValueError(
+            f"train.trainable={pattern!r} matches none of the {len(known)} parameters, which are "
+            f"called like {examples}; '' trains all."
+        )
+    return frozenset(taken)
+
+
+def _by_name(module: str, names: frozenset[str]) -> Callable[[tuple, Any], bool]:
+    """An NNX filter of the module's variables whose full name is among `names`."""
+    return lambda path, _: "/".join(map(str, (module, *path))) in names
+
+
+def take_weights(parts: Parts, state: TrainState, path: str, info: DatasetInfo) -> TrainState:
+    """A new run's state with the parameters of `path` in it; says what became of each of them.
+
+    Raises:
+      ValueError: the weights cannot be read, or are of another backbone.
+    """
+    modules = parts.merge(state.params, state.non_trainable)
+    names, model = tuple(parts.graphdefs), modules[1].model(modules[0])
+    split = [nnx.split(module, nnx.Param, ...) for module in modules]  # frozen ones come in, too
+    drawn = dict(zip(names, (nnx.to_pure_dict(params) for _, params, _ in split), strict=True))
+    filled, report = start_from(path, drawn, model, class_names=info.class_names)
+    print(f"starting from {path}", *report.lines(), sep="\n", flush=True)
+    started = [
+        nnx.merge(graphdef, jax.tree.map(jnp.array, filled[name]), nnx.to_pure_dict(rest))
+        for name, (graphdef, _, rest) in zip(names, split, strict=True)
+    ]
+    return parts.start(*started)
 
 
 def abstract_state(init: Callable[[], TrainState], mesh: jax.sharding.Mesh) -> TrainState:
@@ -282,7 +351,8 @@ class Trainer:
         self.evals = make_evals(config, self.info)
         self._loader(0).check().close()  # what does not fit in the data section is said now
         abstract = abstract_state(init, self.mesh)
-        self.num_params = num_params(abstract.params)
+        self.num_params = self.parts.num_params
+        self.num_trained = num_params(abstract.params)
         keep = {"keep": self.options.keep, "keep_best": self.options.keep_best}
         self.checkpoints = Checkpoints(workdir / "checkpoints", **keep)
         started = bool(self.checkpoints.steps())  # before, nothing binds a run to its config
@@ -326,6 +396,9 @@ class Trainer:
         else:
             shardings = jax.tree.map(lambda x: x.sharding, abstract)
             self.state, meta = jax.jit(init, out_shardings=shardings)(), {}
+            if self.config.init_from:
+                state = take_weights(self.parts, self.state, self.config.init_from, self.info)
+                self.state = jax.device_put(state, shardings)
         self.step = meta.get("step", 0)
         self.writer = MetricsWriter(
             self.workdir, resume_step=self.step, wandb=self.options.wandb, config=self.config

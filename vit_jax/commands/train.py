@@ -75,7 +75,9 @@ def _prepare_embedded(config) -> None:
 def _announce(trainer) -> None:
     devices = trainer.mesh.devices.flatten()
     where = f"{len(devices)} × {devices[0].device_kind}"
-    print(f"{trainer.num_params:,} parameters on {where}, {trainer.info.name}: ", end="")
+    frozen = trainer.num_params - trainer.num_trained
+    some = f" ({frozen:,} of them frozen)" if frozen else ""
+    print(f"{trainer.num_params:,} parameters{some} on {where}, {trainer.info.name}: ", end="")
     print(f"{sum(trainer.info.splits.values()):,} images, {len(trainer.info.class_names)} classes")
     total = trainer.config.total_steps
     if trainer.finished:

@@ -1,6 +1,7 @@
 """What a model is without its numbers: read off arrays or a module, kept as JSON, built again."""
 
 import dataclasses
+import inspect
 import json
 import math
 from collections.abc import Mapping
@@ -16,11 +17,12 @@ from vit_jax.interop.pools import make_any_pool, pool_name
 from vit_jax.interop.tables import Params, depth_of
 from vit_jax.models.heads import Head, make_head
 from vit_jax.models.model import Model
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.models.vit import VARIANTS, VisionTransformer, make_vit
 from vit_jax.preprocess import HALF, Preprocess
 from vit_jax.tree import named_leaves
 
 FORMAT_VERSION = 1
+SHAPE = ("dim", "depth", "num_heads", "mlp_dim")  # what a variant's name stands for
 HEAD_DIM = 64  # of every published ViT but a few; what is taken where no file tells the heads
 
 
@@ -77,6 +79,30 @@ class Spec:
             return cls(**{key: _tuples(value) for key, value in values.items()})
         except TypeError as error:
             raise ValueError(f"{source}: its description of the model is damaged.") from error
+
+
+def config_of(spec: Spec) -> dict[str, Any]:
+    """The values for a recipe that goes on from such weights: 'model', 'pool', 'mean', 'std'.
+
+    Poolings that only imported models have become the nearest that can be trained.
+    """
+    options = dict(spec.backbone)
+    height, width = options.pop("patch_size")
+    patch = f"{height}x{width}" if height != width else f"{height}"
+    shape = tuple(options[key] for key in SHAPE)
+    name = next((name for name, row in VARIANTS.items() if row == shape), None)
+    if name is not None:
+        options = {key: x for key, x in options.items() if key not in SHAPE}
+    known = inspect.signature(make_vit).parameters
+    options = {key: x for key, x in options.items() if x != known[key].default}
+    token = "cls" if spec.backbone["cls_token"] else "gap"
+    pools = {"none": token, "cls_gap": "cls", "cls_tanh": "cls"}
+    return {
+        "model": {"variant": f"{name or 'Ti'}/{patch}"} | options,
+        "pool": pools.get(spec.pool, spec.pool),
+        "mean": tuple(spec.mean),
+        "std": tuple(spec.std),
+    }
 
 
 def _tuples(value: Any) -> Any:
@@ -250,7 +276,7 @@ def spec_of(model: Model, class_names: tuple[str, ...] = ()) -> Spec:
     num_classes = 0 if head is None else head.fc.kernel.shape[-1]
     hidden = head.pre_logits if isinstance(head, Head) else None
     return Spec(
-        backbone=_arguments(backbone),
+        backbone=backbone_arguments(backbone),
         pool=pool_name(model.pool),
         num_classes=num_classes,
         hidden_dim=0 if hidden is None else hidden.kernel.shape[-1],
@@ -260,7 +286,7 @@ def spec_of(model: Model, class_names: tuple[str, ...] = ()) -> Spec:
     )
 
 
-def _arguments(vit: VisionTransformer) -> dict[str, Any]:
+def backbone_arguments(vit: VisionTransformer) -> dict[str, Any]:
     """What decides the numbers; how they are computed (scan, remat, dtype, drop rates) does not."""
     block = vit.blocks if vit.scan else vit.blocks[0]
     return {
