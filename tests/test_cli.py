@@ -257,7 +257,7 @@ def test_strict_stops_at_the_first_unreadable_image(data_dir, tmp_path, hostile,
     assert re.search(r"example \d+ \(\d/\d{4}\.png\) cannot be decoded", line)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "prepare"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "prepare", "predict", "embed"])
 def test_help(capsys, command):
     try:
         assert cli.main([command, "--help"]) == 0

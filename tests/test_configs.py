@@ -43,7 +43,7 @@ def shrunken(data_dir, folder_data):
 
 
 def test_there_are_recipes():
-    assert {"digits", "cifar10", "image_folder"} <= {path.stem for path in CONFIGS}
+    assert {"digits", "cifar10", "image_folder", "transfer"} <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -38,6 +38,7 @@ MAY_IMPORT = {
         *("jax", "flax", "models", "preprocess"),
         *("checkpoint", "config", "data", "tree", "spelling"),
     },
+    "inference": {"jax", "flax", "data", "models"},
     "zoo": {"flax", "models", "preprocess", "spelling"},
 }
 HEAVY = {
@@ -46,7 +47,7 @@ HEAVY = {
 }
 LATE = {
     "data": {"sklearn", "tensorflow"},
-    "config": {"data"},
+    "config": {"data", "interop"},
     "interop": {"train", "torch"},
 }  # inside a function, when needed
 

@@ -46,6 +46,18 @@ def _inspect(argv: list[str]) -> int:
     return inspect.main(argv)
 
 
+def _predict(argv: list[str]) -> int:
+    from vit_jax.commands import predict
+
+    return predict.main(argv)
+
+
+def _embed(argv: list[str]) -> int:
+    from vit_jax.commands import embed
+
+    return embed.main(argv)
+
+
 # Imported when called: `vit-jax --help` need not wait for jax.
 COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "prepare": (_prepare, "makes a dataset"),
@@ -54,6 +66,8 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "import": (_import, "reads weights from elsewhere"),
     "export": (_export, "writes weights for elsewhere"),
     "inspect": (_inspect, "says what is in a checkpoint"),
+    "predict": (_predict, "classifies images"),
+    "embed": (_embed, "writes features of images"),
 }
 
 

@@ -1,0 +1,105 @@
+"""What `predict` and `embed` share: the flags for weights and images, and reading them."""
+
+import importlib.util
+import sys
+from typing import NamedTuple
+
+import tqdm
+from absl import flags
+from etils import epath
+
+from vit_jax.config import load_run_config
+from vit_jax.data.augment import Augmentation
+
+CROP_FRACTION = 0.875  # where nothing tells how the weights were evaluated
+
+
+class Weights(NamedTuple):
+    """A model, the names of its classes if they are known, and how it wants its images."""
+
+    model: object
+    class_names: tuple[str, ...]
+    augment: Augmentation
+
+
+def define(values: flags.FlagValues) -> None:
+    """The flags."""
+    flags.DEFINE_string("workdir", None, "A run's folder.", flag_values=values)
+    flags.DEFINE_string("model", None, "Or weights: see vit-jax import.", flag_values=values)
+    flags.DEFINE_integer("step", None, "Which checkpoint of a run.", flag_values=values)
+    flags.DEFINE_integer("batch_size", 32, "Images at once.", flag_values=values)
+    flags.DEFINE_float(
+        "crop_fraction",
+        None,
+        "Of the resized image, how much the model sees; a run's evaluation tells it, else 0.875.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool("overwrite", False, "Replace --out.", flag_values=values)
+
+
+def check(values: flags.FlagValues) -> None:
+    """Raises what can be told before anything is read."""
+    if bool(values.workdir) == bool(values.model):
+        raise ValueError("give either --workdir=DIR or --model=PATH.")
+    if values.batch_size < 1:
+        raise ValueError(f"--batch_size={values.batch_size} must be at least 1.")
+    if values.out and epath.Path(values.out).exists() and not values.overwrite:
+        raise FileExistsError(f"{values.out} exists; choose another --out or add --overwrite.")
+    if values.workdir and not (epath.Path(values.workdir) / "config.json").exists():
+        raise FileNotFoundError(f"no checkpoint in {values.workdir}: it is no folder of a run.")
+
+
+def check_parquet() -> None:
+    """Raises where parquet is wanted and pyarrow is missing."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError("parquet needs pyarrow: pip install 'vit-jax[parquet]', or use another.")
+
+
+def load(values: flags.FlagValues) -> Weights:
+    """Reads the weights; what was assumed of them is said on stderr."""
+    from vit_jax.inference import eval_augmentation
+    from vit_jax.interop.load import read_source
+    from vit_jax.interop.spec import fill, make_model
+    from vit_jax.runtime import enable_compilation_cache
+
+    enable_compilation_cache()
+    source = read_source(values.workdir or values.model, step=values.step)
+    for line in source.report.lines()[1:]:
+        print(line.strip(), file=sys.stderr)
+    model, crop_fraction = fill(make_model(source.spec), source.params), values.crop_fraction
+    if crop_fraction is None:
+        crop_fraction = _crop_fraction(epath.Path(values.workdir or values.model))
+    augment = eval_augmentation(model.backbone.image_size, crop_fraction=crop_fraction)
+    return Weights(model, source.spec.class_names, augment)
+
+
+def _crop_fraction(path: epath.Path) -> float:
+    """What the first evaluation of a run's config uses: the whole image, if it takes it as is."""
+    if not (path / "config.json").exists() or not (path / "checkpoints").exists():
+        return CROP_FRACTION
+    for evaluation in load_run_config(path).evals.values():
+        augment = evaluation.get("augment", {})
+        if augment.get("name") == "resize_center_crop":
+            return augment.get("crop_fraction", CROP_FRACTION)
+        return 1.0
+    return CROP_FRACTION
+
+
+def progress(total: int, *, shown: bool) -> tqdm.tqdm:
+    """A bar on stderr; in a log file, a line now and then."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm.tqdm(total=total, unit=" images", disable=not shown, mininterval=interval)
+
+
+def tell_unreadable(errors: list[str], total: int) -> None:
+    """Names the images that were left out, on stderr.
+
+    Raises:
+      ValueError: they are all there were.
+    """
+    for error in errors:
+        print(f"left out: {error}", file=sys.stderr)
+    if errors and len(errors) == total:
+        raise ValueError(f"none of the {total} images could be read; the first: {errors[0]}")
+    if errors:
+        print(f"note: {len(errors)} of {total} images could not be read", file=sys.stderr)
