@@ -101,7 +101,7 @@ def _foreign(
     preprocessor: Mapping[str, Any],
     hints: Mapping[str, Any],
 ) -> Source:
-    arrays = timm.fuse(npz.unscan(arrays))
+    arrays = huggingface.with_key_biases(timm.fuse(npz.unscan(arrays)))
     layout = recognise(list(arrays), LAYOUTS)
     given = len(arrays)
     _, arrays = layout.normalise(arrays)
