@@ -320,6 +320,8 @@ class Trainer:
         else:
             shardings = jax.tree.map(lambda x: x.sharding, abstract)
             self.state, meta = jax.jit(init, out_shardings=shardings)(), {}
+            if "init_from" in self.config and self.config.init_from:
+                self._start_from(self.config.init_from)
         self.step = meta.get("step", 0)
         self.writer = MetricsWriter(
             self.workdir, resume_step=self.step, wandb=self.options.wandb, config=self.config
@@ -342,6 +344,18 @@ class Trainer:
         self.finished = self.step == self.config.total_steps and not self._evaluation_due()
         if not self.finished:
             self.record.resume(meta)
+
+    def _start_from(self, path: str) -> None:
+        """Other weights in place of those that were drawn; what became of each is printed."""
+        from vit_jax.interop.start import start_from  # only where it is wanted
+
+        backbone, _ = self.parts.merge(self.state.params, self.state.non_trainable)
+        drawn = self.state.params
+        params, report = start_from(path, drawn, backbone, self.parts.preprocess)
+        params = jax.device_put(params, jax.tree.map(lambda x: x.sharding, drawn))
+        ema = jax.tree.map(jnp.copy, params) if self.state.ema else self.state.ema
+        self.state = self.state._replace(params=params, ema=ema)
+        print(f"starting from {path}", *report.lines(), sep="\n", flush=True)
 
     def run(self) -> dict[str, float]:
         """Trains to the end.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 import vit_jax
 from vit_jax.commands.flags import parse
@@ -60,6 +60,8 @@ def parse_with_config(
         parse(rest, define, usage=usage)  # answers --help
         raise ValueError("--config is missing: give a file or a recipe, like --config=digits.")
     config = load_config(text)
+    if "init_from" not in config:
+        config.init_from = config_dict.placeholder(str)  # any recipe can start from weights
     known = flatten(config)
     for argument in rest:
         key = argument.lstrip("-").split("=", 1)[0]
