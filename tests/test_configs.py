@@ -9,7 +9,7 @@ import pytest
 from tests.data.images import encode, noise, write_tree
 from tests.runs import deterministic_rows, run, steps_on_disk
 from vit_jax.commands.config_flag import load_config
-from vit_jax.config import TOP_LEVEL, flatten
+from vit_jax.config import OPTIONAL, TOP_LEVEL, flatten
 from vit_jax.data.prepare import prepare_folder
 
 CONFIGS = sorted(pathlib.Path(__file__, "../../configs").resolve().glob("*.py"))
@@ -70,7 +70,7 @@ def test_the_docstring_says_how_to_run_it(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_leaves_are_few_and_plain(path, shrunken):
     config = shrunken(path, "")
-    assert set(config) == TOP_LEVEL
+    assert set(config) == TOP_LEVEL | OPTIONAL
     leaves = flatten(config)
     assert 25 <= len(leaves) <= 45
     for key, value in leaves.items():

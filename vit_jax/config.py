@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 from vit_jax.spelling import nearest
 
 TOP_LEVEL = {
-    *("seed", "init_from", "total_steps", "batch_size"),
-    *("log_every", "eval_every", "save_every"),
+    *("seed", "total_steps", "batch_size", "log_every", "eval_every", "save_every"),
     *("model", "objective", "preprocess", "augment", "data", "optimizer", "mesh", "train", "evals"),
 }
+OPTIONAL = {"init_from"}  # weights that a new run starts from, see vit_jax/interop/start.py
 
 # What may change between two starts on one workdir: it alters when and how fast, never what.
 CHANGEABLE = (
@@ -64,8 +64,9 @@ def _parse_value(name: str, text: str, kind: type) -> Any:
 def check_top_level(config: ConfigDict) -> None:
     """Raises ValueError for a section that nothing reads, or one that is missing."""
     for key in config:
-        if key not in TOP_LEVEL:
-            raise ValueError(f"config has an unknown key {key!r}{nearest(key, TOP_LEVEL)}.")
+        if key not in TOP_LEVEL | OPTIONAL:
+            near = nearest(key, TOP_LEVEL | OPTIONAL)
+            raise ValueError(f"config has an unknown key {key!r}{near}.")
     if missing := sorted(TOP_LEVEL - set(config)):
         raise ValueError(f"config lacks {', '.join(missing)}.")
     for key in ("total_steps", "batch_size", "log_every"):

@@ -396,7 +396,7 @@ class Trainer:
         else:
             shardings = jax.tree.map(lambda x: x.sharding, abstract)
             self.state, meta = jax.jit(init, out_shardings=shardings)(), {}
-            if self.config.init_from:
+            if "init_from" in self.config and self.config.init_from:
                 state = take_weights(self.parts, self.state, self.config.init_from, self.info)
                 self.state = jax.device_put(state, shardings)
         self.step = meta.get("step", 0)

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -47,8 +49,6 @@ def test_import(tmp_path, capsys):
 
 @pytest.mark.parametrize("format", ["safetensors", "npz", "stablehlo"])
 def test_export_with_a_certificate(own, tmp_path, format, capsys):
-    if format == "stablehlo":
-        pytest.importorskip("flatbuffers")
     out = tmp_path / f"out.{format}"
     assert vit("export", f"--model={own}", f"--format={format}", f"--out={out}") == 0
     printed = capsys.readouterr().out
@@ -61,8 +61,25 @@ def test_export_with_a_certificate(own, tmp_path, format, capsys):
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 
 
+def test_stablehlo_runs_without_this_package(own, tmp_path):
+    """In a process of its own, for another number of images, for three platforms."""
+    out = tmp_path / "m.stablehlo"
+    assert vit("export", f"--model={own}", "--format=stablehlo", f"--out={out}") == 0
+    np.save(tmp_path / "images.npy", images(3))
+    code = (
+        "import sys, jax, numpy as np\n"
+        "model = jax.export.deserialize(bytearray(open(sys.argv[1], 'rb').read()))\n"
+        "assert set(model.platforms) == {'cpu', 'cuda', 'tpu'}\n"
+        "np.save('logits.npy', model.call(np.load('images.npy')))\n"
+        "assert not [name for name in sys.modules if name.startswith(('vit_jax', 'flax'))]\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(out)], cwd=tmp_path, check=True)
+    wanted = vit_jax.load(own)(images(3))
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), wanted, atol=1e-5)
+
+
 def test_a_target_that_is_not_installed_is_said(own, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     out = tmp_path / "folder"
     assert vit("export", f"--model={own}", "--format=timm", f"--out={out}") == 0
     assert re.search(r"not run: (timm|torch) is not installed", capsys.readouterr().out)

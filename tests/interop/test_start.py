@@ -10,6 +10,7 @@ from etils import epath
 
 from tests.interop.models import source, spec
 from tests.runs import StopAfter, assert_same_bits, run, saved_state, short, steps_on_disk
+from vit_jax import cli
 from vit_jax import train as train_lib
 from vit_jax.checkpoint import unstack
 from vit_jax.interop.export import export
@@ -132,10 +133,11 @@ def test_only_the_first_start_takes_them(trained, data_dir, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"dim": 64}, r"is \(.*\), config.model makes it .*; make the model like the weights"),
-        ({"depth": 1}, "has nothing for backbone/blocks/1/"),
-        ({"num_heads": 4}, "num_heads=4, config.model has 2"),
-        ({"pos_embed": "sincos2d"}, "has nothing for backbone/pos_embed"),
+        ({"dim": 64}, "another backbone than config.model: set dim=64 there"),
+        ({"depth": 1}, "set depth=1 there"),
+        ({"num_heads": 4}, "set num_heads=4 there"),
+        ({"pos_embed": "sincos2d"}, "set pos_embed='sincos2d' there"),
+        ({"activation": "gelu", "norm_eps": 1e-5}, "set activation='gelu', norm_eps=1e-05 there"),
     ],
 )
 def test_another_backbone_is_refused(data_dir, tmp_path, options, words):
@@ -148,3 +150,12 @@ def test_another_backbone_is_refused(data_dir, tmp_path, options, words):
 def test_nothing_there(data_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         start(short(data_dir, init_from="nowhere"), tmp_path / "new")
+
+
+def test_the_command_says_it_in_one_line(data_dir, tmp_path, capsys):
+    path, _ = weights(tmp_path, dim=64)
+    where = [f"--config.{section}.data_dir={data_dir}" for section in ("data", "evals.test")]
+    flags = "--config=digits:debug", f"--config.init_from={path}", f"--workdir={tmp_path}/run"
+    assert cli.main(["train", *flags, *where]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "another backbone than config.model: set dim=64 there" in line

@@ -60,6 +60,8 @@ def parse_with_config(
         parse(rest, define, usage=usage)  # answers --help
         raise ValueError("--config is missing: give a file or a recipe, like --config=digits.")
     config = load_config(text)
+    if "init_from" not in config:
+        config.init_from = ""  # any recipe can start from weights
     known = flatten(config)
     for argument in rest:
         key = argument.lstrip("-").split("=", 1)[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from etils import epath
 
 from vit_jax.interop.certificate import Answer, version
 from vit_jax.interop.facts import Facts, pair
-from vit_jax.interop.layouts import HEAD, HEAD_DIST, HF_DINOV2, HF_SIGLIP, HF_VIT
+from vit_jax.interop.layouts import HEAD, HEAD_DIST, HF_DINOV2, HF_DINOV3, HF_SIGLIP, HF_VIT
 from vit_jax.interop.pools import AllTokens
 from vit_jax.interop.spec import Spec
 from vit_jax.interop.tables import Layout, Params, write
@@ -25,8 +26,22 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "ge
 DEFAULTS = {
     HF_VIT.name: (12, 1e-12, "gelu"),
     HF_DINOV2.name: (12, 1e-6, "gelu"),
+    HF_DINOV3.name: (6, 1e-5, "gelu"),
     HF_SIGLIP.name: (12, 1e-6, "gelu_pytorch_tanh"),
 }
+
+
+ROPE_BASE = 100.0
+Q_BIAS = re.compile(r"(.*\battention)\.q_proj\.bias")
+
+
+def with_key_biases(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """DINOv3's keys have no bias, which is a bias of zero."""
+    out = dict(arrays)
+    for name, array in arrays.items():
+        if match := Q_BIAS.fullmatch(name):
+            out.setdefault(f"{match[1]}.k_proj.bias", np.zeros_like(array))
+    return out
 
 
 def facts(
@@ -43,7 +58,9 @@ def facts(
     vision = config.get("vision_config") or config
     heads, eps, activation = DEFAULTS[layout.name]
     activation = vision.get("hidden_act", activation)
-    if activation not in ACTIVATIONS:
+    if vision.get("use_gated_mlp") and activation == "silu":
+        activation = "gelu"  # SwiGLU has its own; this one is in no use
+    elif activation not in ACTIVATIONS or vision.get("use_gated_mlp"):
         raise ValueError(
             f"config.json has hidden_act={activation!r}; only {', '.join(ACTIVATIONS)} are known."
         )
@@ -53,6 +70,10 @@ def facts(
         "activation": ACTIVATIONS[activation],
         "image_size": pair(vision.get("image_size")),
     }
+    if layout is HF_DINOV3:
+        known["pos_embed"] = "rope2d"
+        if vision.get("rope_theta", ROPE_BASE) != ROPE_BASE:
+            raise ValueError(f"config.json has rope_theta={vision['rope_theta']}, not {ROPE_BASE}.")
     pool, dropped = _pool(layout, params)
     notes = [] if config else [f"activation {activation!r}, eps {eps}: no config.json tells them"]
     if "image_mean" not in preprocessor:
@@ -76,6 +97,8 @@ def _pool(layout: Layout, params: Params) -> tuple[str, dict[str, str]]:
             why = "SiglipForImageClassification averages the patches instead"
             return "gap", {name: why for name in params if name.startswith("pool/")}
         return ("map" if "pool/probe" in params else "none"), {}
+    if layout is HF_DINOV3:
+        return "cls", {}
     if layout is HF_DINOV2:
         return ("cls_gap" if has_head else "cls"), {}
     if f"{HEAD_DIST}/kernel" in params:
@@ -127,11 +150,12 @@ REGISTERS = Target(
     HF_DINOV2,
     "dinov2_with_registers.",
 )
+DINOV3_MODEL = Target("DINOv3ViTModel", "dinov3_vit", HF_DINOV3, "")
 REGISTERS_MODEL = Target("Dinov2WithRegistersModel", "dinov2_with_registers", HF_DINOV2, "")
 SIGLIP = Target("SiglipForImageClassification", "siglip", HF_SIGLIP, "vision_model.")
 SIGLIP_MODEL = Target("SiglipVisionModel", "siglip_vision_model", HF_SIGLIP, "vision_model.")
 
-FEATURES = (VIT_MODEL, DINOV2_MODEL, REGISTERS_MODEL, SIGLIP_MODEL)
+FEATURES = (VIT_MODEL, DINOV2_MODEL, REGISTERS_MODEL, DINOV3_MODEL, SIGLIP_MODEL)
 TARGETS = (VIT, DEIT, DEIT_TEACHER, DINOV2, REGISTERS, SIGLIP, *FEATURES)
 
 
@@ -146,6 +170,9 @@ def choose(spec: Spec) -> Target:
     for key, value in wanted.items():
         if b[key] != value:
             raise _no_class(f"{key}={b[key]!r}")
+    headless = spec.pool == "cls" and not spec.num_classes
+    if b["pos_embed"] == "rope2d" and headless and b["layer_scale"] and not b["dist_token"]:
+        return DINOV3_MODEL
     if b["pos_embed"] not in ("learned", "sincos2d") or spec.hidden_dim:
         raise _no_class(f"hidden_dim={spec.hidden_dim}, pos_embed={b['pos_embed']!r}")
     if not b["cls_token"]:
@@ -228,6 +255,11 @@ def export(params: Params, spec: Spec) -> tuple[Params, dict[str, Any], dict[str
     arrays = write(_layout(target, b["mlp"]), params, num_heads=b["num_heads"])
     if target.layout is HF_DINOV2:  # which the class has, and masked pretraining alone reads
         arrays["embeddings.mask_token"] = np.zeros((1, b["dim"]), np.float32)
+    if target is DINOV3_MODEL:
+        keys = [name for name in arrays if name.endswith("k_proj.bias")]
+        if not any(np.any(arrays[name]) for name in keys):
+            arrays = {name: x for name, x in arrays.items() if name not in keys}
+        arrays["embeddings.mask_token"] = np.zeros((1, 1, b["dim"]), np.float32)
     if target is DEIT_TEACHER:
         renames = {f"classifier.{leaf}": f"cls_classifier.{leaf}" for leaf in ("weight", "bias")}
         arrays = {renames.get(name, name): array for name, array in arrays.items()}
@@ -236,14 +268,16 @@ def export(params: Params, spec: Spec) -> tuple[Params, dict[str, Any], dict[str
         name if name.startswith(heads) else target.prefix + name: array
         for name, array in arrays.items()
     }
-    return arrays, _config(spec, target), preprocessor(spec)
+    config = _config(spec, target)
+    if target is DINOV3_MODEL:
+        config |= _dinov3(arrays, b)
+    return arrays, config, preprocessor(spec)
 
 
 def _layout(target: Target, mlp: str) -> Layout:
     """The table; of an MLP's names there are two kinds, and here is only one kind of MLP."""
-    if mlp == "mlp":
-        return target.layout
-    rows = tuple(row for row in target.layout.rows if ".mlp.fc" not in row.theirs)
+    other = "gate_proj" if mlp == "mlp" else ".mlp.fc"
+    rows = tuple(row for row in target.layout.rows if other not in row.theirs)
     return dataclasses.replace(target.layout, rows=rows)
 
 
@@ -282,6 +316,17 @@ def _config(spec: Spec, target: Target) -> dict[str, Any]:
         config["label2id"] = {name: i for i, name in enumerate(names)}
     # transformers passes this over; it makes the way back exact.
     return config | {"dtype": "float32", "vit_jax": spec.to_json()}
+
+
+def _dinov3(arrays: Params, b: Mapping[str, Any]) -> dict[str, Any]:
+    biased = {key: f"layer.0.attention.{key[0]}_proj.bias" for key in ("query", "key", "value")}
+    return {
+        **{f"{key}_bias": name in arrays for key, name in biased.items()},
+        "num_register_tokens": b["num_reg_tokens"],
+        "use_gated_mlp": b["mlp"] == "swiglu",
+        **({"hidden_act": "silu"} if b["mlp"] == "swiglu" else {}),
+        "rope_theta": ROPE_BASE,
+    }
 
 
 def _side(size: tuple[int, int]) -> int | list[int]:

@@ -131,6 +131,31 @@ HF_DINOV2 = Layout(
     ignored=_HF_IGNORED,
 )
 
+HF_DINOV3 = Layout(
+    name="Hugging Face DINOv3",
+    rows=(
+        Row("backbone/patch_embed/kernel", "embeddings.patch_embeddings.weight", "conv"),
+        Row("backbone/patch_embed/bias", "embeddings.patch_embeddings.bias"),
+        Row("backbone/cls_token", "embeddings.cls_token", "batch"),
+        Row("backbone/reg_tokens", "embeddings.register_tokens", "batch"),
+        *norm(f"{BLOCK}/norm1", "layer.{i}.norm1"),
+        *linear(
+            f"{_ATTENTION}/qkv",
+            " ".join("layer.{i}.attention." + name for name in ("q_proj", "k_proj", "v_proj")),
+        ),
+        *linear(f"{_ATTENTION}/proj", "layer.{i}.attention.o_proj"),
+        Row(f"{BLOCK}/ls1/gamma", "layer.{i}.layer_scale1.lambda1"),
+        *norm(f"{BLOCK}/norm2", "layer.{i}.norm2"),
+        *linear(f"{BLOCK}/mlp/fc1", "layer.{i}.mlp.gate_proj layer.{i}.mlp.up_proj"),
+        *linear(f"{BLOCK}/mlp/fc1", "layer.{i}.mlp.up_proj"),
+        *linear(f"{BLOCK}/mlp/fc2", "layer.{i}.mlp.down_proj"),
+        Row(f"{BLOCK}/ls2/gamma", "layer.{i}.layer_scale2.lambda1"),
+        *norm("backbone/norm", "norm"),
+    ),
+    aliases=((r"^model\.layer\.", "layer."),),
+    ignored=_HF_IGNORED,
+)
+
 HF_SIGLIP = Layout(
     name="Hugging Face Siglip",
     rows=(
@@ -249,4 +274,4 @@ BIG_VISION = Layout(
     ),
 )
 
-LAYOUTS = (GOOGLE, BIG_VISION, TIMM, HF_VIT, HF_DINOV2, HF_SIGLIP)
+LAYOUTS = (GOOGLE, BIG_VISION, TIMM, HF_VIT, HF_DINOV2, HF_DINOV3, HF_SIGLIP)

@@ -101,7 +101,7 @@ def _foreign(
     preprocessor: Mapping[str, Any],
     hints: Mapping[str, Any],
 ) -> Source:
-    arrays = timm.fuse(npz.unscan(arrays))
+    arrays = huggingface.with_key_biases(timm.fuse(npz.unscan(arrays)))
     layout = recognise(list(arrays), LAYOUTS)
     given = len(arrays)
     _, arrays = layout.normalise(arrays)
@@ -117,9 +117,9 @@ def _foreign(
         spec = Spec.from_json(config["vit_jax"], "config.json")
         params, _, _ = infer_backbone(params, _known(spec.backbone))
         return Source(spec, huggingface.reduce(params, spec), report)
-    known = facts.known | {key: value for key, value in hints.items() if value is not None}
-    if hints["image_size"] and "backbone/pos_embed" in params:
-        known["image_size"] = _size_of_table(params, facts.known, hints["image_size"])
+    known = facts.known | {"num_heads": _agreed(facts.known["num_heads"], hints["num_heads"])}
+    if hints["image_size"] and not known.get("image_size"):
+        known["image_size"] = _size_of_table(params, hints["image_size"])
     params, backbone, notes = infer_backbone(params, known)
     report.notes += notes
     head, hidden = params.get("head/fc/kernel"), params.get("head/pre_logits/kernel")
@@ -212,10 +212,16 @@ def _grid(backbone: Mapping[str, Any]) -> tuple[int, int]:
     return tuple(side // patch for side, patch in sides)
 
 
-def _size_of_table(params: Params, known: Mapping[str, Any], wanted) -> tuple[int, int] | None:
-    """The size that the source's table is for: its own, else the wanted one if that fits."""
-    if known.get("image_size"):
-        return known["image_size"]
+def _agreed(told: int | None, given: int | None) -> int | None:
+    if told and given and told != given:
+        raise ValueError(f"the source tells num_heads={told}, not {given}; leave num_heads out.")
+    return told or given
+
+
+def _size_of_table(params: Params, wanted: tuple[int, int]) -> tuple[int, int] | None:
+    """The wanted size, if the source's table is for it or there is none."""
+    if "backbone/pos_embed" not in params:
+        return tuple(wanted)
     rows = len(params["backbone/pos_embed"])
     patch = params["backbone/patch_embed/kernel"].shape[:2]
     count = (wanted[0] // patch[0]) * (wanted[1] // patch[1])

@@ -276,7 +276,7 @@ def spec_of(model: Model, class_names: tuple[str, ...] = ()) -> Spec:
     num_classes = 0 if head is None else head.fc.kernel.shape[-1]
     hidden = head.pre_logits if isinstance(head, Head) else None
     return Spec(
-        backbone=backbone_arguments(backbone),
+        backbone=arguments_of(backbone),
         pool=pool_name(model.pool),
         num_classes=num_classes,
         hidden_dim=0 if hidden is None else hidden.kernel.shape[-1],
@@ -286,7 +286,7 @@ def spec_of(model: Model, class_names: tuple[str, ...] = ()) -> Spec:
     )
 
 
-def backbone_arguments(vit: VisionTransformer) -> dict[str, Any]:
+def arguments_of(vit: VisionTransformer) -> dict[str, Any]:
     """What decides the numbers; how they are computed (scan, remat, dtype, drop rates) does not."""
     block = vit.blocks if vit.scan else vit.blocks[0]
     return {

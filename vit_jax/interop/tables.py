@@ -120,7 +120,7 @@ def read(layout: Layout, arrays: Mapping[str, np.ndarray]) -> tuple[Params, Repo
     Raises:
       ValueError: an array has a shape that its transform cannot take.
     """
-    params, used, report = {}, set(), Report(layout=layout.name)
+    params, used, partial, report = {}, set(), {}, Report(layout=layout.name)
     for row, index in _instances(layout, arrays):
         ours = [name.format(i=index) for name in row.ours.split()]
         theirs = [name.format(i=index) for name in row.theirs.split()]
@@ -128,7 +128,7 @@ def read(layout: Layout, arrays: Mapping[str, np.ndarray]) -> tuple[Params, Repo
         if not found or set(ours) & params.keys():
             continue
         if len(found) < len(theirs):
-            report.missing += [f"{name} (for {ours[0]})" for name in set(theirs) - set(found)]
+            partial[ours[0]] = [name for name in theirs if name not in found]
             continue
         params |= _forward(row, ours, theirs, arrays)
         used |= set(theirs)
@@ -136,6 +136,9 @@ def read(layout: Layout, arrays: Mapping[str, np.ndarray]) -> tuple[Params, Repo
         if name not in used:
             why = next((w for p, w in layout.ignored if re.fullmatch(p, name)), None)
             report.unexpected.append(f"{name}: {why or 'no row of the table'}")
+    for name, absent in partial.items():
+        if name not in params:
+            report.missing += [f"{other} (for {name})" for other in absent]
     report.matched = len(used)
     return params, report
 
