@@ -50,7 +50,8 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg.mode != "full" and not arg.init_from:
         raise ValueError(f"mode={arg.mode} needs weights: init_from=PATH.")
     if arg.debug:
-        arg.update({"batch_size": 8, "steps": 4, "variant": "Ti/8", "size": arg.size or 16})
+        arg.update({"batch_size": 8, "steps": 4, "variant": "Ti/8"})
+        arg.size = arg.size or (0 if arg.init_from else 16)
     weights = {"model": {"variant": arg.variant, "pos_embed": "sincos2d"}, "pool": "gap"}
     if arg.init_from:
         weights = weights_config(arg.init_from)
