@@ -1,6 +1,6 @@
 """What weights are worth: pretraining on half of the classes, transfer to the other half.
 
-  python benchmarks/transfer.py [--steps=50] [--pretrain_steps=1000]
+  python benchmarks/transfer.py [--steps=100] [--pretrain_steps=1000]
       [--cifar10=shared/data/cifar10_jpg.zip]
 
 Pretrains the digits' recipe on 0 to 4, then trains 5 to 9 for a few steps: by `configs/transfer.py`
@@ -21,7 +21,7 @@ from vit_jax.data.prepare import prepare_digits
 from vit_jax.data.sources import load_source
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
-RATES = {"full": 2e-3, "layerwise": 4e-3, "probe": 2e-2}  # of small models; scratch has 2e-3, too
+RATES = {"full": 1e-3, "layerwise": 2e-3, "probe": 1e-2}  # small models want larger ones
 
 
 def vit_jax(*argv):
@@ -94,7 +94,7 @@ def measure(folder, halves, *, recipe, batch_size, augment, steps, pretrain_step
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--pretrain_steps", type=int, default=1000)
     parser.add_argument("--cifar10", default="", help="archive of class folders")
     options = parser.parse_args()
