@@ -109,7 +109,8 @@ def test_recognition():
         (TIMM, names(timm, **vit)),
         (HF_VIT, names(huggingface, **vit)),
         (HF_DINOV2, names(huggingface, layer_scale=1.0, **vit)),
-        (HF_SIGLIP, names(huggingface)),
+        (HF_VIT, names(huggingface)),
+        (HF_SIGLIP, names(huggingface, pool="map", num_classes=0)),
         (GOOGLE, names(npz)),
         (BIG_VISION, names(npz, pool="map")),
     ):
