@@ -14,7 +14,7 @@ from vit_jax.interop.certificate import Answer, version
 from vit_jax.interop.facts import Facts, pair
 from vit_jax.interop.layouts import HEAD, HEAD_DIST, HF_DINOV2, HF_DINOV3, HF_SIGLIP, HF_VIT
 from vit_jax.interop.pools import AllTokens
-from vit_jax.interop.spec import Spec
+from vit_jax.interop.spec import Spec, make_model, params_of_shapes
 from vit_jax.interop.tables import Layout, Params, write
 from vit_jax.models.model import Model
 from vit_jax.models.pos_embed import sincos2d
@@ -221,7 +221,7 @@ def _no_class(what: str) -> ValueError:
     )
 
 
-def expand(params: Params, spec: Spec, target: Target) -> Params:
+def expand(params: Params, spec: Spec, layout: Layout) -> Params:
     """Adds what the class has and our model does without: the same function in more numbers."""
     params = dict(params)
     b = spec.backbone
@@ -230,7 +230,7 @@ def expand(params: Params, spec: Spec, target: Target) -> Params:
         rows = b["cls_token"] + b["dist_token"]
         table = np.asarray(sincos2d(tuple(grid), b["dim"]))
         params["backbone/pos_embed"] = np.pad(table, ((rows, 0), (0, 0)))
-    if target.layout is HF_DINOV2:
+    if layout is HF_DINOV2:
         for i in range(b["depth"]):
             for name in ("ls1", "ls2"):
                 params.setdefault(
@@ -244,9 +244,9 @@ def expand(params: Params, spec: Spec, target: Target) -> Params:
     return params
 
 
-def reduce(params: Params, spec: Spec) -> Params:
-    """The inverse of `expand`, for a folder that one of our models was written to."""
-    params = dict(params)
+def reduce(params: Params, spec: Spec, layout: Layout) -> Params | None:
+    """The inverse of `expand`; None if `spec` is not of these numbers: they were trained since."""
+    whole, params = params, dict(params)
     if spec.backbone["pos_embed"] == "sincos2d":
         params.pop("backbone/pos_embed", None)
     if not spec.backbone["layer_scale"]:
@@ -255,7 +255,12 @@ def reduce(params: Params, spec: Spec) -> Params:
     if kernel is not None and len(kernel) == 2 * spec.backbone["dim"] and spec.pool != "cls_gap":
         first, second = np.split(kernel, 2)
         params[f"{HEAD}/kernel"] = first if spec.pool == "cls" else second
-    return params
+    shapes = {name: array.shape for name, array in params.items()}
+    if shapes != params_of_shapes(make_model(spec)):
+        return None
+    again = expand(params, spec, layout)
+    same = again.keys() == whole.keys()
+    return params if same and all(np.array_equal(again[k], whole[k]) for k in whole) else None
 
 
 def export(params: Params, spec: Spec) -> tuple[Params, dict[str, Any], dict[str, Any]]:
@@ -265,7 +270,7 @@ def export(params: Params, spec: Spec) -> tuple[Params, dict[str, Any], dict[str
       ValueError: transformers has no class that computes this.
     """
     target = choose(spec)
-    params = expand(params, spec, target)
+    params = expand(params, spec, target.layout)
     b = spec.backbone
     arrays = write(_layout(target, b["mlp"]), params, num_heads=b["num_heads"])
     if target.layout is HF_DINOV2:  # which the class has, and masked pretraining alone reads
