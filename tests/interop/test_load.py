@@ -109,7 +109,8 @@ def test_recognition():
         (TIMM, names(timm, **vit)),
         (HF_VIT, names(huggingface, **vit)),
         (HF_DINOV2, names(huggingface, layer_scale=1.0, **vit)),
-        (HF_SIGLIP, names(huggingface)),
+        (HF_VIT, names(huggingface)),
+        (HF_SIGLIP, names(huggingface, pool="map", num_classes=0)),
         (GOOGLE, names(npz)),
         (BIG_VISION, names(npz, pool="map")),
     ):
@@ -136,6 +137,28 @@ def test_heads_are_guessed_only_by_the_custom(tmp_path):
             read = read_source(path)
             assert read.spec.backbone["num_heads"] == wanted
             assert any("64 channels a head" in note for note in read.report.notes)
+
+
+def test_an_export_that_others_trained_is_not_what_it_was(tmp_path):
+    """transformers keeps our note in config.json; the numbers tell whether it still holds."""
+    from etils import epath
+
+    from vit_jax.interop import files, huggingface
+
+    made = source(spec(pool="gap", cls_token=True, layer_scale=1.0))
+    arrays, config, preprocessor = huggingface.export(made.params, made.spec)
+    folder = epath.Path(tmp_path)
+    files.write_json(folder / "config.json", config)
+    files.write_json(folder / "preprocessor_config.json", preprocessor)
+    files.write_safetensors(folder / files.SINGLE, arrays, {})
+    assert read_source(folder).spec == made.spec
+    arrays["classifier.weight"] = arrays["classifier.weight"] + 1
+    files.write_safetensors(folder / files.SINGLE, arrays, {})
+    read = read_source(folder)
+    assert read.spec.pool == "cls_gap" and read.spec.class_names == made.spec.class_names
+    np.testing.assert_array_equal(
+        read.params["head/fc/kernel"], arrays["classifier.weight"].T, err_msg="both halves"
+    )
 
 
 def test_what_a_class_does_not_use_is_said(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from etils import epath
 from sklearn.datasets import load_sample_image
 
-from tests.interop.models import assert_close, draw
+from tests.interop.models import VARIANTS, assert_close, draw, source, spec
+from tests.interop.test_roundtrip import REFUSED
 from vit_jax.interop import files
 from vit_jax.interop.export import export
 from vit_jax.interop.layouts import LAYOUTS
@@ -68,6 +69,7 @@ FAMILIES = {
         | {"num_register_tokens": 3, "use_gated_mlp": True, "key_bias": True}
         | {"hidden_act": "silu"},
     ),
+    "ijepa": ("IJepaForImageClassification", "IJepaConfig", VIT),
     "siglip": ("SiglipVisionModel", "SiglipVisionConfig", VIT),
     "siglip_classifier": ("SiglipForImageClassification", "SiglipConfig", VIT),
 }
@@ -379,8 +381,6 @@ def test_published_sizes_are_covered(name):
     assert backbone["dim"] == config.hidden_size
     side = config.image_size // config.patch_size * config.patch_size  # 384 in patches of 14
     assert backbone["image_size"] == (side, side)
-    from tests.interop.models import spec
-
     pool = {"siglip": "map", "vit_features": "cls_tanh", "vit": "cls"}.get(family, "none")
     pool = {"deit_distilled": "cls_dist", "dinov2": "cls_gap"}.get(family, pool)
     head = params.get("head/fc/kernel")
@@ -407,3 +407,11 @@ def _first_block(arrays):
         one[name] = array
     assert all(block == shapes[0] for block in shapes.values())
     return one, len(shapes)
+
+
+@pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - REFUSED["huggingface"].keys()))
+def test_our_own_models_answer_the_same_there(variant, tmp_path):
+    made = source(spec(**VARIANTS[variant]))
+    found = export(made, format="huggingface", out=tmp_path / "out")
+    for what in ("logits", "features"):
+        assert found[what]["max_abs_difference"] <= 1e-4 * found[what]["rms"]

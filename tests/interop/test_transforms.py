@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vit_jax.interop.transforms import TRANSFORMS
@@ -24,6 +24,7 @@ def there_and_back(kind, theirs, num_ours, heads=1):
     return ours
 
 
+@settings(deadline=None)
 @given(SIZES, SIZES, SIZES, st.integers(0, 99), st.sampled_from([(1, 1), (3, 1), (1, 2), (1, 3)]))
 def test_linear_layers_and_their_biases(inputs, out, _, seed, counts):
     num_theirs, num_ours = counts
@@ -37,6 +38,7 @@ def test_linear_layers_and_their_biases(inputs, out, _, seed, counts):
     there_and_back("same", [weight[:, 0] for weight in weights], num_ours)
 
 
+@settings(deadline=None)
 @given(SIZES, SIZES, SIZES, SIZES, st.integers(0, 99))
 def test_convolutions(height, width, channels, dim, seed):
     weight = numbers((dim, channels, height, width), seed)
@@ -45,6 +47,7 @@ def test_convolutions(height, width, channels, dim, seed):
     assert kernel[-1, 0, -1, 0] == weight[0, -1, -1, 0]
 
 
+@settings(deadline=None)
 @given(SIZES, SIZES, SIZES, st.sampled_from([1, 3]), st.integers(0, 99))
 def test_heads(heads, head_dim, inputs, num_theirs, seed):
     kernels = [numbers((inputs, heads, head_dim), seed + i) for i in range(num_theirs)]
@@ -56,6 +59,7 @@ def test_heads(heads, head_dim, inputs, num_theirs, seed):
     assert out.shape == (heads * head_dim, inputs)
 
 
+@settings(deadline=None)
 @given(SIZES, SIZES, st.integers(0, 99))
 def test_tokens(rows, dim, seed):
     (ours,) = there_and_back("batch", [numbers((1, rows, dim), seed)], 1)

@@ -14,7 +14,7 @@ from vit_jax.interop.certificate import Answer, version
 from vit_jax.interop.facts import Facts, pair
 from vit_jax.interop.layouts import HEAD, HEAD_DIST, HF_DINOV2, HF_DINOV3, HF_SIGLIP, HF_VIT
 from vit_jax.interop.pools import AllTokens
-from vit_jax.interop.spec import Spec
+from vit_jax.interop.spec import Spec, make_model, params_of_shapes
 from vit_jax.interop.tables import Layout, Params, write
 from vit_jax.models.model import Model
 from vit_jax.models.pos_embed import sincos2d
@@ -103,6 +103,10 @@ def _pool(layout: Layout, params: Params) -> tuple[str, dict[str, str]]:
         return ("cls_gap" if has_head else "cls"), {}
     if f"{HEAD_DIST}/kernel" in params:
         return "cls_dist", {}
+    if "backbone/cls_token" not in params:
+        why = "IJepaModel's pooler is not trained"
+        dropped = {name: why for name in params if name.startswith("pool/")}
+        return ("gap" if has_head else "none"), dropped
     if has_head:
         why = "ViTForImageClassification reads the class token itself"
         return "cls", {name: why for name in params if name.startswith("pool/")}
@@ -152,11 +156,12 @@ REGISTERS = Target(
 )
 DINOV3_MODEL = Target("DINOv3ViTModel", "dinov3_vit", HF_DINOV3, "")
 REGISTERS_MODEL = Target("Dinov2WithRegistersModel", "dinov2_with_registers", HF_DINOV2, "")
-SIGLIP = Target("SiglipForImageClassification", "siglip", HF_SIGLIP, "vision_model.")
+IJEPA = Target("IJepaForImageClassification", "ijepa", HF_VIT, "ijepa.")
+IJEPA_MODEL = Target("IJepaModel", "ijepa", HF_VIT, "")
 SIGLIP_MODEL = Target("SiglipVisionModel", "siglip_vision_model", HF_SIGLIP, "vision_model.")
 
-FEATURES = (VIT_MODEL, DINOV2_MODEL, REGISTERS_MODEL, DINOV3_MODEL, SIGLIP_MODEL)
-TARGETS = (VIT, DEIT, DEIT_TEACHER, DINOV2, REGISTERS, SIGLIP, *FEATURES)
+FEATURES = (*(VIT_MODEL, IJEPA_MODEL, DINOV2_MODEL, REGISTERS_MODEL, DINOV3_MODEL, SIGLIP_MODEL),)
+TARGETS = (VIT, DEIT, DEIT_TEACHER, DINOV2, REGISTERS, IJEPA, *FEATURES)
 
 
 def choose(spec: Spec) -> Target:
@@ -176,13 +181,9 @@ def choose(spec: Spec) -> Target:
     if b["pos_embed"] not in ("learned", "sincos2d") or spec.hidden_dim:
         raise _no_class(f"hidden_dim={spec.hidden_dim}, pos_embed={b['pos_embed']!r}")
     if not b["cls_token"]:
-        if b["layer_scale"] or b["mlp"] != "mlp" or b["num_reg_tokens"] or not b["qkv_bias"]:
-            raise _no_class("LayerScale, SwiGLU, registers or no qkv bias without a class token")
-        if spec.pool == "gap" and spec.num_classes:
-            return SIGLIP
-        if spec.pool in ("map", "none") and not spec.num_classes:
-            return SIGLIP_MODEL
-        raise _no_class(f"pool={spec.pool!r} with {spec.num_classes} classes")
+        if b["layer_scale"] or b["mlp"] != "mlp" or b["num_reg_tokens"]:
+            raise _no_class("LayerScale, SwiGLU or registers without a class token")
+        return _without_cls(spec)
     if b["dist_token"]:
         if spec.pool not in ("cls", "cls_dist") or not spec.num_classes:
             raise _no_class(f"pool={spec.pool!r} beside a distillation token")
@@ -200,13 +201,27 @@ def choose(spec: Spec) -> Target:
     raise _no_class(f"pool={spec.pool!r} with {spec.num_classes} classes")
 
 
+def _without_cls(spec: Spec) -> Target:
+    """IJepa's classifier averages the patches, SigLIP's tower attends to them."""
+    b = spec.backbone
+    if spec.pool == "gap" and spec.num_classes:
+        return IJEPA
+    if spec.pool == "none" and not spec.num_classes:
+        return IJEPA_MODEL
+    if spec.pool != "map" or spec.num_classes:
+        raise _no_class(f"pool={spec.pool!r} with {spec.num_classes} classes")
+    if not b["qkv_bias"] or any(len(set(b[key])) > 1 for key in ("image_size", "patch_size")):
+        raise _no_class("attention pooling of images that are no squares, or without qkv bias")
+    return SIGLIP_MODEL
+
+
 def _no_class(what: str) -> ValueError:
     return ValueError(
         f"transformers has no ViT class for {what}; use --format=timm or safetensors."
     )
 
 
-def expand(params: Params, spec: Spec, target: Target) -> Params:
+def expand(params: Params, spec: Spec, layout: Layout) -> Params:
     """Adds what the class has and our model does without: the same function in more numbers."""
     params = dict(params)
     b = spec.backbone
@@ -215,7 +230,7 @@ def expand(params: Params, spec: Spec, target: Target) -> Params:
         rows = b["cls_token"] + b["dist_token"]
         table = np.asarray(sincos2d(tuple(grid), b["dim"]))
         params["backbone/pos_embed"] = np.pad(table, ((rows, 0), (0, 0)))
-    if target.layout is HF_DINOV2:
+    if layout is HF_DINOV2:
         for i in range(b["depth"]):
             for name in ("ls1", "ls2"):
                 params.setdefault(
@@ -229,9 +244,9 @@ def expand(params: Params, spec: Spec, target: Target) -> Params:
     return params
 
 
-def reduce(params: Params, spec: Spec) -> Params:
-    """The inverse of `expand`, for a folder that one of our models was written to."""
-    params = dict(params)
+def reduce(params: Params, spec: Spec, layout: Layout) -> Params | None:
+    """The inverse of `expand`; None if `spec` is not of these numbers: they were trained since."""
+    whole, params = params, dict(params)
     if spec.backbone["pos_embed"] == "sincos2d":
         params.pop("backbone/pos_embed", None)
     if not spec.backbone["layer_scale"]:
@@ -240,7 +255,12 @@ def reduce(params: Params, spec: Spec) -> Params:
     if kernel is not None and len(kernel) == 2 * spec.backbone["dim"] and spec.pool != "cls_gap":
         first, second = np.split(kernel, 2)
         params[f"{HEAD}/kernel"] = first if spec.pool == "cls" else second
-    return params
+    shapes = {name: array.shape for name, array in params.items()}
+    if shapes != params_of_shapes(make_model(spec)):
+        return None
+    again = expand(params, spec, layout)
+    same = again.keys() == whole.keys()
+    return params if same and all(np.array_equal(again[k], whole[k]) for k in whole) else None
 
 
 def export(params: Params, spec: Spec) -> tuple[Params, dict[str, Any], dict[str, Any]]:
@@ -250,7 +270,7 @@ def export(params: Params, spec: Spec) -> tuple[Params, dict[str, Any], dict[str
       ValueError: transformers has no class that computes this.
     """
     target = choose(spec)
-    params = expand(params, spec, target)
+    params = expand(params, spec, target.layout)
     b = spec.backbone
     arrays = write(_layout(target, b["mlp"]), params, num_heads=b["num_heads"])
     if target.layout is HF_DINOV2:  # which the class has, and masked pretraining alone reads
@@ -302,14 +322,11 @@ def _config(spec: Spec, target: Target) -> dict[str, Any]:
     else:
         vision["intermediate_size"] = b["mlp_dim"]
     if target.layout is HF_SIGLIP:
-        vision["vision_use_head"] = spec.pool == "map"
+        vision["vision_use_head"] = True
     else:
         vision["qkv_bias"] = b["qkv_bias"]
     config = {"architectures": [target.architecture], "model_type": target.model_type}
-    if target is SIGLIP:
-        config |= {"vision_config": vision | {"model_type": SIGLIP_MODEL.model_type}}
-    else:
-        config |= vision
+    config |= vision
     if spec.num_classes:
         names = spec.class_names or [f"class {i}" for i in range(spec.num_classes)]
         config["id2label"] = {str(i): name for i, name in enumerate(names)}

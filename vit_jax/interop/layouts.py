@@ -79,7 +79,7 @@ _HF_IGNORED = (
 )
 
 HF_VIT = Layout(
-    name="Hugging Face ViT, DeiT or ViTMAE",
+    name="Hugging Face ViT, DeiT, ViTMAE or IJepa",
     rows=(
         *_HF_EMBEDDINGS,
         *norm(f"{BLOCK}/norm1", "encoder.layer.{i}.layernorm_before"),
@@ -94,7 +94,7 @@ HF_VIT = Layout(
         *linear(HEAD, "cls_classifier"),
         *linear(HEAD_DIST, "distillation_classifier"),
     ),
-    prefixes=("vit.", "deit.", ""),
+    prefixes=("vit.", "deit.", "ijepa.", ""),
     aliases=(
         *_HF_ALIASES,
         (r"^(encoder\.layer\.\d+)\.mlp\.fc1\.", r"\1.intermediate.dense."),

@@ -114,9 +114,9 @@ def _foreign(
         params.pop(name)
         report.unexpected.append(f"{name}: {why}")
     if "vit_jax" in config:  # one of our own models
-        spec = Spec.from_json(config["vit_jax"], "config.json")
-        params, _, _ = infer_backbone(params, _known(spec.backbone))
-        return Source(spec, huggingface.reduce(params, spec), report)
+        source = _written_by_us(layout, config, params, facts, report)
+        if source is not None:
+            return source
     known = facts.known | {"num_heads": _agreed(facts.known["num_heads"], hints["num_heads"])}
     if hints["image_size"] and not known.get("image_size"):
         known["image_size"] = _size_of_table(params, hints["image_size"])
@@ -135,8 +135,19 @@ def _foreign(
     return Source(spec, params, report)
 
 
-def _known(backbone: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: backbone[key] for key in ("num_heads", "image_size")}
+def _written_by_us(
+    layout: Layout, config: Mapping[str, Any], params: Params, facts: Facts, report: Report
+) -> Source | None:
+    """The model as it was before its export; None if others trained it since."""
+    spec = Spec.from_json(config["vit_jax"], "config.json")
+    known = {key: spec.backbone[key] for key in ("num_heads", "image_size")}
+    params, _, _ = infer_backbone(params, known)
+    reduced = huggingface.reduce(params, spec, layout)
+    if reduced is None:
+        return None
+    names = spec.class_names and facts.class_names  # without names of its own, it got numbers
+    spec = dataclasses.replace(spec, mean=facts.mean, std=facts.std, class_names=names)
+    return Source(spec, reduced, report)
 
 
 def _facts(layout: Layout, config, preprocessor, params: Params, arrays) -> Facts:
