@@ -131,7 +131,8 @@ def test_a_split_without_one_readable_image(data_dir, monkeypatch):
 
     load = loader_lib.load_source
     monkeypatch.setattr(loader_lib, "load_source", lambda *a, **k: AllBroken(load(*a, **k)))
-    assert evaluate(data_dir) == {"top1": 0, "top5": 0, "loss": 0, "count": 0, "rejected": 360}
+    with pytest.raises(ValueError, match="no image can be used; example 0 .*not an image"):
+        evaluate(data_dir)
 
 
 def test_fewer_than_five_classes(tmp_path):
