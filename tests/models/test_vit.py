@@ -421,6 +421,23 @@ def test_bfloat16_keeps_norms_and_softmax_in_float32():
     assert traced.out_avals[0].dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("options", [DINOV3 | {"qk_norm": True}, VIT_22B])
+def test_bfloat16_keeps_norms_and_turns_of_every_part_in_float32(options):
+    graphdef, params = nnx.split(small(dtype="bfloat16", **options))
+    traced = jax.make_jaxpr(lambda params, x: nnx.merge(graphdef, params)(x))(
+        nnx.to_pure_dict(params), images(2)
+    )
+    seen = {
+        (eqn.primitive.name, str(var.aval.dtype))
+        for eqn, _ in reference.equations(traced.jaxpr)
+        for var in eqn.invars
+    }
+    types = {name: {t for n, t in seen if n == name} for name in ("dot_general", "rsqrt", "cos")}
+    assert types["dot_general"] == {"bfloat16"} and types["rsqrt"] == {"float32"}
+    assert types["cos"] == ({"float32"} if "pos_embed" in options else set())
+    assert traced.out_avals[0].dtype == jnp.bfloat16
+
+
 def test_bfloat16_is_close_to_float32():
     wanted = run(small(cls_token=True), images(8))
     half = run(small(cls_token=True, dtype="bfloat16"), images(8)).astype(np.float32)
