@@ -33,7 +33,6 @@ from tests.runs import (
 )
 from vit_jax.runtime import EXIT_PREEMPTED, Preempted
 
-
 TOTAL, EVAL_EVERY, SAVE_EVERY = 30, 3, 2
 
 
