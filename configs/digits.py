@@ -55,7 +55,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh = {"data": -1}
     config.train = {
         "keep": 2,
-        "keep_best": 1,
         "best_metric": "test/top1",
         "ema_decay": 0.0,
         "max_skips": 0,

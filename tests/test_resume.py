@@ -33,8 +33,6 @@ from tests.runs import (
 )
 from vit_jax.runtime import EXIT_PREEMPTED, Preempted
 
-pytestmark = pytest.mark.xdist_group("resume")  # the runs are made once, by one test process
-
 TOTAL, EVAL_EVERY, SAVE_EVERY = 30, 3, 2
 
 

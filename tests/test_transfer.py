@@ -1,18 +1,11 @@
 """Transfer: the recipe in each of its modes, and what pretraining is worth."""
 
-import json
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
 from tests.runs import deterministic_rows, run, saved_state, short
 from vit_jax.commands.config_flag import load_config
 from vit_jax.interop.load import read_source
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +54,3 @@ def test_the_model_is_that_of_the_weights(trained, data_dir):
 def test_what_cannot_be_transferred(data_dir, argument, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         load_config(f"transfer:name=digits,data_dir={data_dir},{argument}")
-
-
-@pytest.mark.slow
-def test_transfer_beats_training_from_scratch(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
-    command = [sys.executable, str(ROOT / "benchmarks/transfer.py")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])["digits"]
-    assert found["pretraining"] > 0.97, found
-    assert found["full"] > found["scratch"], found

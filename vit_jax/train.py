@@ -442,11 +442,10 @@ class Trainer:
                     self._loop()
                     with self.clock("saving"):
                         self.checkpoints.wait()
-                except BaseException:
-                    with contextlib.suppress(OSError):  # on a full disk the first error counts
+                    self.record.save()
+                finally:  # however it ends; on a full disk the first error counts
+                    with contextlib.suppress(OSError):
                         self.record.save()
-                    raise
-                self.record.save()
             return self._evaluated()
 
     def _loop(self) -> None:

@@ -1,4 +1,4 @@
-"""These read and write whole models in every format: minutes, so `make test-all` runs them."""
+"""These read and write whole models in every format: minutes, so `make test-parity` runs them."""
 
 import pathlib
 
@@ -9,5 +9,5 @@ HERE = pathlib.Path(__file__).parent
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if HERE in item.path.parents and not item.get_closest_marker("parity"):
-            item.add_marker(pytest.mark.slow)
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.parity)
