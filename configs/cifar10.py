@@ -40,7 +40,6 @@ def get_config(arg: str = "") -> ConfigDict:
         arg.steps = round(num_examples / arg.batch_size * arg.epochs)
     config = ConfigDict()
     config.seed = 0
-    config.init_from = ""
     config.total_steps = arg.steps
     config.batch_size = arg.batch_size
     config.log_every = 1 if arg.debug else 50
@@ -78,6 +77,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh = {"data": -1}
     config.train = {
         "keep": 2,
+        "keep_best": 1,
         "best_metric": "test/top1",
         "ema_decay": 0.0,
         "max_skips": 0,

@@ -18,7 +18,6 @@ def get_config(arg: str = "") -> ConfigDict:
     steps = 20 if arg.debug else arg.steps
     config = ConfigDict()
     config.seed = 0
-    config.init_from = ""
     config.total_steps = steps
     config.batch_size = 64
     config.log_every = 5 if arg.debug else 100
@@ -55,6 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh = {"data": -1}
     config.train = {
         "keep": 2,
+        "keep_best": 1,
         "best_metric": "test/top1",
         "ema_decay": 0.0,
         "max_skips": 0,

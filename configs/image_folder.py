@@ -42,7 +42,6 @@ def get_config(arg: str = "") -> ConfigDict:
     steps = 4 if arg.debug else max(round(num_examples / arg.batch_size * arg.epochs), 1)
     config = ConfigDict()
     config.seed = 0
-    config.init_from = ""
     config.total_steps = steps
     config.batch_size = arg.batch_size
     config.log_every = 1 if arg.debug else 50
@@ -80,6 +79,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh = {"data": -1}
     config.train = {
         "keep": 2,
+        "keep_best": 1,
         "best_metric": "test/top1",
         "ema_decay": 0.0,
         "max_skips": 0,
