@@ -36,6 +36,9 @@ def load_config(text: str) -> ConfigDict:
     config = get_config(arg)
     if not isinstance(config, ConfigDict):
         raise ValueError(f"get_config of {path} gives a {type(config).__name__}, not a ConfigDict.")
+    if "init_from" not in config:
+        with config.unlocked():
+            config.init_from = ""  # any recipe can start from weights
     return config
 
 
@@ -60,8 +63,6 @@ def parse_with_config(
         parse(rest, define, usage=usage)  # answers --help
         raise ValueError("--config is missing: give a file or a recipe, like --config=digits.")
     config = load_config(text)
-    if "init_from" not in config:
-        config.init_from = ""  # any recipe can start from weights
     known = flatten(config)
     for argument in rest:
         key = argument.lstrip("-").split("=", 1)[0]
