@@ -247,7 +247,8 @@ sys.exit(vit_jax.cli.main())
 """
 
 
-@pytest.mark.parametrize("step", [4, 6])  # a later save finds it out, or the end of the run
+# A later save finds it out, or the end of the run.
+@pytest.mark.parametrize("step", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(data_dir, tmp_path, step, capsys):
     config = short(data_dir, save_every=2, train__best_metric="")
     config.evals = {}  # nothing that compiles late: the compilation cache's disk is full too

@@ -49,6 +49,7 @@ def test_one_and_eight_devices_give_the_same_losses(data_dir):
     np.testing.assert_allclose(one, eight, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_scanned_blocks_give_the_losses_of_looped_ones(data_dir):
     looped, _ = losses_on(1, tiny(data_dir), num_steps=3)
     scanned, _ = losses_on(1, tiny(data_dir, model__scan=True), num_steps=3)
@@ -193,6 +194,7 @@ def test_skipped_updates_change_nothing_but_the_step(data_dir):
     assert metrics["learning_rate"] == pytest.approx(float(parts.schedule(1)))
 
 
+@pytest.mark.slow
 def test_as_many_skips_as_asked_for_are_survived(data_dir, tmp_path, monkeypatch):
     config = tiny(data_dir, total_steps=8, save_every=0, eval_every=0, train__max_skips=2)
     poisoned_step = train_lib.train_step
