@@ -7,6 +7,8 @@ from tests.runs import deterministic_rows, run, saved_state, short
 from vit_jax.commands.config_flag import load_config
 from vit_jax.interop.load import read_source
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(data_dir, tmp_path_factory):

@@ -16,6 +16,8 @@ from vit_jax.preprocess import Preprocess
 from vit_jax.tree import named_leaves
 from vit_jax.zoo import IMAGENET, MODELS
 
+pytestmark = pytest.mark.slow
+
 TINY = {"dim": 16, "depth": 1, "num_heads": 2, "mlp_dim": 24}
 
 

@@ -11,6 +11,8 @@ from vit_jax import cli
 from vit_jax.data.decode import decode
 from vit_jax.data.sources import load_source
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def workdir(data_dir, tmp_path_factory):

@@ -17,6 +17,8 @@ from vit_jax.data.decode import decode
 from vit_jax.data.sources import load_source
 from vit_jax.interop.export import export
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(data_dir, tmp_path_factory):
