@@ -60,8 +60,10 @@ def test_a_second_run_on_a_workdir_is_refused_in_one_line(data_dir, tmp_path, ow
     assert not (tmp_path / "config.json").exists()
 
 
-def test_a_remote_workdir_cannot_be_locked():
+def test_a_remote_workdir_cannot_be_locked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     WorkdirLock(epath.Path("gs://bucket/run")).release()
+    assert not list(tmp_path.iterdir())  # nothing was made on this machine in its stead
 
 
 @pytest.fixture

@@ -305,24 +305,20 @@ def test_another_dataset_under_the_same_name_is_refused(data_dir, tmp_path, monk
         run(config, tmp_path / "run")
 
 
-def test_the_best_checkpoint_is_kept_beside_the_newest(data_dir, tmp_path, monkeypatch):
-    scores = iter([0.1, 0.9, 0.3, 0.2, 0.4, 0.5])
-    real = train_lib.evaluate
+@pytest.mark.parametrize(
+    "leaves, scores, kept",
+    [
+        ({"eval_every": 1, "save_every": 1}, [0.1, 0.9, 0.3, 0.2, 0.4, 0.5], [2, 6]),
+        ({"eval_every": 2, "save_every": 5}, [0.1, 0.9, 0.3], [4, 6]),  # they do not meet
+    ],
+)
+def test_the_best_checkpoint_is_kept_beside_the_newest(
+    data_dir, tmp_path, monkeypatch, leaves, scores, kept
+):
+    scores, real = iter(scores), train_lib.evaluate
     monkeypatch.setattr(train_lib, "evaluate", lambda *a: real(*a) | {"test/top1": next(scores)})
-    leaves = {"eval_every": 1, "save_every": 1, "train__keep": 1}
-    run(short(data_dir, **leaves), tmp_path / "run")
-    kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
-    assert kept == [2, 6]
-
-
-def test_the_best_is_kept_where_evaluating_and_saving_do_not_meet(data_dir, tmp_path, monkeypatch):
-    scores = iter([0.1, 0.9, 0.3])
-    real = train_lib.evaluate
-    monkeypatch.setattr(train_lib, "evaluate", lambda *a: real(*a) | {"test/top1": next(scores)})
-    leaves = {"eval_every": 2, "save_every": 5, "train__keep": 1}
-    run(short(data_dir, **leaves), tmp_path / "run")
-    kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
-    assert kept == [4, 6]
+    run(short(data_dir, **leaves, train__keep=1), tmp_path / "run")
+    assert steps_on_disk(tmp_path / "run") == kept
 
 
 def test_a_workdir_is_not_bound_before_there_is_a_checkpoint(data_dir, tmp_path, monkeypatch):
