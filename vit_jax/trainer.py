@@ -48,7 +48,7 @@ class Trainer:
       clock: started when the process was.
       stop: polled at every step and at every batch of an evaluation.
       processes: of the job; the first one writes, and checkpoints are written by all.
-      watchdog: hears of every step.
+      watchdog: hears of what goes on.
 
     Raises:
       ValueError: something in the config does not fit; said before anything compiles.
@@ -66,9 +66,9 @@ class Trainer:
     ):
         self.config, self.workdir, self.clock, self.stop = config, workdir, clock, stop
         self.processes = Processes() if processes is None else processes
-        if watchdog is None:
-            watchdog = Watchdog(workdir / "hosts", self.processes, job="", timeout=0.0)
-        self.watchdog, self.stragglers = watchdog, Stragglers(self.processes)
+        self.watchdog = Watchdog(workdir / "hosts") if watchdog is None else watchdog
+        self.stragglers = Stragglers(self.processes)
+        self.watchdog.beat(phase="building")
         with self.processes.together("the check of the config and the data"):
             init = self._build()
         found = fingerprints(self.info, self.evals)
@@ -139,6 +139,7 @@ class Trainer:
         self, init: Callable[[], TrainState], abstract: TrainState, steps: list[int]
     ) -> None:
         """The newest checkpoint's state, or a fresh one; files are cut back to it."""
+        self.watchdog.beat(phase="restoring")
         if steps:
             self.state, meta = self.checkpoints.restore(steps[-1], abstract)
         else:
@@ -198,11 +199,11 @@ class Trainer:
                     if self.step and self._evaluation_due():  # a signal came before it was done
                         self._evaluate()
                     self._loop()
+                    self.watchdog.beat(phase="saving")
                     with self.clock("saving"):
                         self.checkpoints.wait()
                     self.record.save()
                 finally:  # however it ends; on a full disk the first error counts
-                    self.watchdog.stop()
                     with contextlib.suppress(OSError):
                         self.record.save()
             return self._evaluated()
@@ -218,7 +219,6 @@ class Trainer:
                 if train_step is None:
                     train_step = self._compile(arrays)
                     self.stop.check()  # nothing is lost: no step was done
-                    self.watchdog.start()
                 first, last = (int(batch["position"][at]) for at in (0, -1))
                 self.watchdog.beat(step=self.step, positions=[first, last], phase="training")
                 self.state, metrics = train_step(self.state, arrays)
@@ -260,6 +260,7 @@ class Trainer:
 
     def _compile(self, batch: Batch) -> Callable:
         print("compiling the training step …", flush=True)
+        self.watchdog.beat(step=self.step, phase="compiling")
         with self.clock("compile"):
             start = time.time()
             step = make_step(self.parts, self.state, self.mesh)
