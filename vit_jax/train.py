@@ -248,7 +248,8 @@ def make_step(parts: Parts, state: TrainState, mesh: jax.sharding.Mesh) -> Calla
     if parts.options.spmd == "pmap":
         step = functools.partial(train_step, parts, axis="batch")
         options = {"in_axes": (None, 0), "out_axes": (None, None), "donate_argnums": 0}
-        return jax.pmap(step, axis_name="batch", **options)
+        devices = mesh.devices.ravel().tolist()
+        return jax.pmap(step, "batch", devices=devices, axis_size=mesh.size, **options)
 
     places = jax.tree.map(lambda x: x.sharding, state)
     offloaded = parts.options.offload_opt_state

@@ -21,9 +21,10 @@ from vit_jax.data.augment import make_augmentation
 from vit_jax.data.loader import HOST_ONLY, Loader, make_loader
 from vit_jax.data.sources import dataset_info
 from vit_jax.evaluation import evaluate, fingerprints, make_evals, summary
+from vit_jax.feeding import make_feed, put_batch, put_parts
 from vit_jax.metrics import MetricsWriter, Monitor, NoWriter, Stopwatch, read_rows
 from vit_jax.runtime import Preempted, Processes, StopSignal
-from vit_jax.sharding import check_host_memory, make_mesh, put_batch, put_parts
+from vit_jax.sharding import check_host_memory, make_mesh
 from vit_jax.train import (
     Batch,
     TrainOptions,
@@ -103,7 +104,7 @@ class Trainer:
         self.parts, init = make_parts(config, self.info)
         self.augment = make_augmentation(**config_lib.plain(config.augment))
         self._check_fit()
-        self.evals = make_evals(config, self.info)
+        self.evals = make_evals(config, self.info, make_feed(self.mesh))
         self._loader(0).check().close()  # what does not fit in the data section is said now
         return init
 
@@ -219,8 +220,8 @@ class Trainer:
                 if train_step is None:
                     train_step = self._compile(arrays)
                     self.stop.check()  # nothing is lost: no step was done
-                first, last = (int(batch["position"][at]) for at in (0, -1))
-                self.watchdog.beat(step=self.step, positions=[first, last], phase="training")
+                positions = runs_of(batch["position"])
+                self.watchdog.beat(step=self.step, positions=positions, phase="training")
                 self.state, metrics = train_step(self.state, arrays)
                 self.step += 1
                 self.monitor.push(self.step, metrics, batch["error"])
@@ -250,8 +251,7 @@ class Trainer:
             seed=self.config.seed,
             start_step=start_step,
             num_steps=self.config.total_steps,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            slots=make_feed(self.mesh).slots(self.config.batch_size),
         )
 
     def _put(self, batch: dict[str, np.ndarray]) -> Batch:
@@ -331,3 +331,10 @@ class Trainer:
         self.checkpoints.wait()
         steps = self.checkpoints.steps()
         return str(self.workdir / "checkpoints" / str(steps[-1])) if steps else "the initial state"
+
+
+def runs_of(positions: np.ndarray) -> list[list[int]]:
+    """The first and last of each run of neighbours: [[0, 3], [8, 11]]."""
+    ends = np.flatnonzero(np.diff(positions) != 1)
+    starts, ends = np.r_[0, ends + 1], np.r_[ends, len(positions) - 1]
+    return np.stack([positions[starts], positions[ends]], axis=1).tolist()
