@@ -81,14 +81,15 @@ def decode(data: bytes, *, min_size: tuple[int, int] | None = None) -> np.ndarra
 
 
 def decode_window(
-    data: bytes, window: jpeg.Window, *, min_size: tuple[int, int] = (1, 1)
+    data: bytes, window: jpeg.Window, *, min_size: tuple[int, int] | None = None
 ) -> np.ndarray:
     """Decodes a window (top, left, height, width) and, as far as the format lets one, no more.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 as long as the window's sides stay at least `min_size`;
-    then its borders move to whole pixels of the smaller image. The pixels are those that `decode`
-    gives of the whole image at that scale. Of a JPEG nothing below the window is decoded (and
-    damage there is not seen), and of one with tiles (`jpeg.tiled`) little around it.
+    With `min_size` a JPEG is decoded at 1/2, 1/4 or 1/8 as long as the window's sides stay at least
+    that; then its borders move to whole pixels of the smaller image. The pixels are those that
+    `decode` gives of the whole image at that scale. Of a JPEG nothing below the window is decoded
+    (and damage there is not seen, but for a missing end), and of one with tiles (`jpeg.tiled`)
+    little around it.
 
     Raises what `decode` raises.
     """
@@ -96,7 +97,7 @@ def decode_window(
     if shape is None:
         top, left, height, width = window
         return _decode_pillow(data)[top : top + height, left : left + width]
-    sides = zip(shape, min_size, window[2:], strict=True)
+    sides = zip(shape, min_size or window[2:], window[2:], strict=True)
     factor = scale_factor(shape, tuple(-(-side * least // part) for side, least, part in sides))
     top, height = _reduced(window[0], window[2], shape[0], factor)
     left, width = _reduced(window[1], window[3], shape[1], factor)

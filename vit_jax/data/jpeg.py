@@ -174,10 +174,10 @@ def _in_order(coded: np.ndarray, stops: np.ndarray) -> bool:
 
 
 def tiled(data: bytes) -> bytes | None:
-    """The same JPEG with a restart marker about every TILE pixels and a list of them, by `jpegtran`.
+    """The same JPEG with a restart marker about every TILE pixels, and their list, by `jpegtran`.
 
-    Not one coefficient changes, and 110 KB become about 1.5 KB larger. None where it cannot be done:
-    not a baseline JPEG of one scan, or too large.
+    Not one coefficient changes, and 110 KB become about 1.5 KB larger. None where it cannot be
+    done: what is no JPEG, has several scans that jpegtran would keep, or too many tiles.
 
     Raises FileNotFoundError if `jpegtran` is not installed.
     """
