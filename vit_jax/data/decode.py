@@ -55,8 +55,10 @@ class DecodeError(ValueError):
     """The bytes are no whole image of a kind that is read; the message says why, in one line."""
 
 
-def image_shape(data: bytes) -> tuple[int, int]:
+def image_shape(data: bytes | np.ndarray) -> tuple[int, int]:
     """Height and width in pixels, from the header alone; DecodeError if unreadable or too large."""
+    if isinstance(data, np.ndarray):
+        return data.shape[:2]
     shape = _turbo_shape(data)
     if shape is None:
         with _open(data) as image:
@@ -64,7 +66,7 @@ def image_shape(data: bytes) -> tuple[int, int]:
     return shape
 
 
-def decode(data: bytes, *, min_size: tuple[int, int] | None = None) -> np.ndarray:
+def decode(data: bytes | np.ndarray, *, min_size: tuple[int, int] | None = None) -> np.ndarray:
     """Decodes to uint8 [height, width, 3] RGB.
 
     With `min_size` (height, width) a JPEG is decoded at 1/2, 1/4 or 1/8 of its size (rounded up) as
@@ -72,8 +74,12 @@ def decode(data: bytes, *, min_size: tuple[int, int] | None = None) -> np.ndarra
     three channels, CMYK is converted without a profile, of 16 bits the upper 8 are kept,
     transparent pixels are laid over `BACKGROUND`, and of an animation the first frame is taken.
 
+    What is decoded already, an array, stays as it is.
+
     Raises DecodeError for what is truncated, damaged, larger than MAX_PIXELS, or no image.
     """
+    if isinstance(data, np.ndarray):
+        return data
     shape = _turbo_shape(data)
     if shape is None:
         return _decode_pillow(data)
@@ -81,7 +87,7 @@ def decode(data: bytes, *, min_size: tuple[int, int] | None = None) -> np.ndarra
 
 
 def decode_window(
-    data: bytes, window: jpeg.Window, *, min_size: tuple[int, int] | None = None
+    data: bytes | np.ndarray, window: jpeg.Window, *, min_size: tuple[int, int] | None = None
 ) -> np.ndarray:
     """Decodes a window (top, left, height, width) and, as far as the format lets one, no more.
 
@@ -93,10 +99,10 @@ def decode_window(
 
     Raises what `decode` raises.
     """
-    shape = _turbo_shape(data)
+    shape = None if isinstance(data, np.ndarray) else _turbo_shape(data)
     if shape is None:
         top, left, height, width = window
-        return _decode_pillow(data)[top : top + height, left : left + width]
+        return decode(data)[top : top + height, left : left + width]
     sides = zip(shape, min_size or window[2:], window[2:], strict=True)
     factor = scale_factor(shape, tuple(-(-side * least // part) for side, least, part in sides))
     top, height = _reduced(window[0], window[2], shape[0], factor)
