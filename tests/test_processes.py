@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from tests.runs import (
     assert_same_bits,
     call,
+    damage,
     deterministic_rows,
     ending,
     save_recipe,
@@ -283,7 +285,7 @@ def test_a_slow_host_is_named_within_fifty_steps(recipe, tmp_path):
         assert max(steps, default=0) <= 50
 
 
-def pair(*flags_of_each, **environment_of_second):
+def pair(*flags_of_each, folders=(None, None), **environment_of_second):
     """Two processes started by hand; their exit codes and what they said on stderr."""
     made = []
     for index, flags in enumerate(flags_of_each):
@@ -296,6 +298,7 @@ def pair(*flags_of_each, **environment_of_second):
                 stderr=subprocess.PIPE,
                 text=True,
                 env=environment,
+                cwd=folders[index],
             )
         )
     try:
@@ -326,10 +329,75 @@ def test_who_differs_is_said_in_one_line_and_all_end(
     flags = [f"--config={uneven}", f"--workdir={tmp_path / 'run'}", "--num_processes=2"]
     flags += [f"--coordinator=localhost:{free_port}", "--start_timeout=120"]
     codes, told = pair(flags, [*flags, flag] if flag else flags, **environment)
+    assert_said_by_the_first(codes, told, words)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def assert_said_by_the_first(codes, told, words) -> None:
     assert codes == [1, 1], told
     assert len(told[0]) == 1 and not told[1], told
-    assert re.search(words, told[0][0])
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert re.search(words, told[0][0]), told
+
+
+def test_another_dataset_of_the_same_name_is_seen(data_dir, tmp_path, free_port):
+    """Each process reads `data` where it stands; one image of the second's is another."""
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for folder, bad in zip(folders, ({}, {"train": {3: b"no image"}}), strict=True):
+        (folder / "data").mkdir(parents=True)
+        (folder / "data" / "digits").symlink_to(f"{data_dir}/digits")
+        damage("other", data_dir=str(folder / "data"), bad=bad)
+    config = short("data")
+    config.data.name = config.evals.test.dataset = "other"
+    recipe = save_recipe(config, tmp_path / "recipe.py")
+    flags = [f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--num_processes=2"]
+    flags += [f"--coordinator=localhost:{free_port}", "--start_timeout=120"]
+    codes, told = pair(flags, flags, folders=folders)
+    assert_said_by_the_first(codes, told, r"process 1 \(.*\) has fingerprint of data \"\w{12}\"")
+
+
+def test_another_version_is_seen(uneven, tmp_path, free_port):
+    (tmp_path / "optax-0.0.1.dist-info").mkdir()
+    text = "Metadata-Version: 2.1\nName: optax\nVersion: 0.0.1\n"
+    (tmp_path / "optax-0.0.1.dist-info" / "METADATA").write_text(text)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    flags = [f"--config={uneven}", f"--workdir={tmp_path / 'run'}", "--num_processes=2"]
+    flags += [f"--coordinator=localhost:{free_port}", "--start_timeout=120"]
+    codes, told = pair(flags, flags, PYTHONPATH=path)
+    assert_said_by_the_first(codes, told, r'process 1 \(.*\) has optax "0.0.1", 1 of 2 have "')
+
+
+def test_two_processes_by_pmap_and_from_weights_train_as_one(data_dir, tmp_path):
+    """The run by pmap starts from weights of the run that FSDP has split over both processes."""
+    leaves = {"total_steps": 3, "eval_every": 3, "save_every": 3, "train__ema_decay": 0.0}
+    split = save_recipe(
+        short(data_dir, **leaves, mesh__data=1, mesh__fsdp=4), tmp_path / "split.py"
+    )
+    pmap = save_recipe(short(data_dir, **leaves, train__spmd="pmap", seed=1), tmp_path / "pmap.py")
+    for name, recipe, source in (("a", split, "weights"), ("b", pmap, "a_one")):
+        flags = [f"--config.init_from={tmp_path / source}"]
+        if source == "weights":
+            done = train(split, tmp_path / source, 4)
+            assert done.returncode == 0, done.stderr
+        done = train(recipe, tmp_path / f"{name}_one", 4, *flags)
+        assert done.returncode == 0, done.stderr
+        with Job(recipe, tmp_path / f"{name}_two", num_processes=2, devices=2, flags=flags) as job:
+            assert job.wait() == 0, job.text()
+        assert f"starting from {tmp_path / source}" in job.text()
+        assert_close(tmp_path / f"{name}_one", tmp_path / f"{name}_two")
+
+
+def test_a_dead_owner_elsewhere_costs_a_wait_and_no_restart(recipe, stopped, tmp_path):
+    """Also when a hang is taken for one before the waiting is over."""
+    (tmp_path / "run").mkdir()
+    far = {"host": "far/1", "process": 7, "job": "x", "beat": 3}
+    (tmp_path / "run" / ".lease").write_text(json.dumps(far))
+    flags = ["--max_restarts=0", "--hang_timeout=40", "--config.total_steps=4"]
+    with Job(recipe, tmp_path / "run", num_processes=2, devices=2, flags=flags) as job:
+        job.until(says("waiting 45 s for a sign of life"))
+        begun = time.monotonic()
+        job.until(says("process 7 on far, which owned workdir"))
+        assert time.monotonic() - begun < 60
+        assert job.wait() == 0, job.text()
 
 
 @pytest.fixture

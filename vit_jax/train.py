@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
@@ -347,6 +348,8 @@ def take_weights(parts: Parts, state: TrainState, path: str, info: DatasetInfo) 
     names, model = tuple(parts.graphdefs), modules[1].model(modules[0])
     split = [nnx.split(module, nnx.Param, ...) for module in modules]  # frozen ones come in, too
     drawn = dict(zip(names, (nnx.to_pure_dict(params) for _, params, _ in split), strict=True))
+    if jax.process_count() > 1:
+        drawn = multihost_utils.process_allgather(drawn, tiled=True)
     filled, report = start_from(path, drawn, model, class_names=info.class_names)
     print(f"starting from {path}", *report.lines(), sep="\n", flush=True)
     started = [

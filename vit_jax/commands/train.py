@@ -28,7 +28,7 @@ steps are recognised, elsewhere --coordinator, --num_processes and --process_id 
 
 def main(argv: list[str]) -> int:
     """Runs `vit-jax train`; answers the exit code."""
-    values, config = parse_with_config(argv, _define, usage=USAGE)
+    values, config = parse_with_config(argv, define_flags, usage=USAGE)
     if not values.workdir:
         raise ValueError("--workdir is missing: give the run's folder, like --workdir=runs/digits.")
     who = (values.coordinator, values.num_processes, values.process_id)
@@ -54,7 +54,8 @@ def main(argv: list[str]) -> int:
             watchdog.report(str(error))
 
 
-def _define(values: flags.FlagValues) -> None:
+def define_flags(values: flags.FlagValues) -> None:
+    """The command's flags but --config."""
     where = {"flag_values": values}
     flags.DEFINE_string("workdir", None, "Folder of the run.", **where)
     flags.DEFINE_enum(
