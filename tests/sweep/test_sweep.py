@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from tests.runs import call, run, save_recipe, short, start
+from tests.runs import call, run, save_recipe, save_sweep, short, start
 from vit_jax import features
 from vit_jax.commands import sweep
 from vit_jax.metrics import read_run_rows
@@ -20,13 +20,6 @@ from vit_jax.sweep import units as units_lib
 from vit_jax.sweep.checkpoints import Finder
 from vit_jax.sweep.store import Store
 from vit_jax.sweep.training import variations
-
-SWEEP = """
-from ml_collections import ConfigDict
-
-def get_config(arg=""):
-    return ConfigDict({values!r})
-"""
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +33,8 @@ def trained(data_dir, tmp_path_factory):
 
 def make(folder, data_dir, runs, **changes):
     """The file of a sweep over `runs`."""
-    digits = {"dataset": "digits", "data_dir": data_dir, "batch_size": 120}
-    values = {
-        "checkpoints": {"runs": [str(each) for each in runs]},
-        "datasets": {"digits": digits | {"augment": {"name": "none"}}},
-        "evals": {
-            "own": {"name": "classification"},
-            "knn": {"name": "knn", "k": [5]},
-            "few": {"name": "fewshot", "shots": [5]},
-        },
-        "training": {},
-    }
-    path = folder / "sweep.py"
-    path.write_text(SWEEP.format(values=values | changes))
-    return f"--config={path}"
+    checkpoints = {"checkpoints": {"runs": [str(each) for each in runs]}}
+    return save_sweep(folder, data_dir, **(checkpoints | changes))
 
 
 def rows(workdir):
