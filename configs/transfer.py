@@ -37,6 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
         data_dir="data",
         eval_split="",
         init_from="",
+        pretrained=True,
         mode="full",
         variant="S/16",
         size=0,
@@ -68,7 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
     cropped = arg.augment != "none"
     config = ConfigDict()
     config.seed = 0
-    config.init_from = arg.init_from
+    config.init_from = arg.init_from if arg.pretrained else ""
     config.total_steps = steps
     config.batch_size = arg.batch_size
     config.log_every = 1 if arg.debug else min(50, steps)
@@ -76,6 +77,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.save_every = max(steps // 4, 1)
     config.model = weights["model"] | {"image_size": size, "drop_path": drop_path}
     config.objective = {"name": "supervised", "pool": weights["pool"], "label_smoothing": 0.0}
+    config.objective.feature_norm = arg.mode == "probe"
     config.preprocess = {"normalize": "half", "mixup": 0.0}
     if "mean" in weights:
         config.preprocess = {"normalize": "given", "mean": weights["mean"], "std": weights["std"]}
