@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from tensorboardX.proto import event_pb2
 
 from tests.recipes import tiny
-from vit_jax import train as train_lib
+from vit_jax import trainer as trainer_lib
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.data import sources, writer
 from vit_jax.data.tfrecord import read_tfrecord
@@ -39,7 +39,7 @@ def run(config, workdir, stop=None):
     workdir.mkdir(parents=True, exist_ok=True)
     stop = StopSignal() if stop is None else stop  # one that has not come yet is false
     try:
-        trainer = train_lib.Trainer(config, workdir, clock=Stopwatch(time.time()), stop=stop)
+        trainer = trainer_lib.Trainer(config, workdir, clock=Stopwatch(time.time()), stop=stop)
         return trainer, trainer.run()
     finally:
         stop.restore()
@@ -50,14 +50,14 @@ class StopAfter(StopSignal):
 
     def __init__(self, steps, monkeypatch):
         super().__init__()
-        push = train_lib.Monitor.push
+        push = trainer_lib.Monitor.push
 
         def spy(monitor, step, *rest):
             push(monitor, step, *rest)
             if step == steps:
                 self.received = 15
 
-        monkeypatch.setattr(train_lib.Monitor, "push", spy)
+        monkeypatch.setattr(trainer_lib.Monitor, "push", spy)
 
 
 def save_recipe(config: ConfigDict, path: pathlib.Path) -> str:

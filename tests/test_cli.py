@@ -9,7 +9,7 @@ from tests.data.images import bad_files, bomb_png, class_tree, write_tree
 from tests.recipes import tiny
 from tests.runs import call, damage, deterministic_rows, run, save_recipe, short
 from vit_jax import cli
-from vit_jax.train import Trainer
+from vit_jax.trainer import Trainer
 
 
 @pytest.fixture

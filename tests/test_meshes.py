@@ -11,7 +11,9 @@ from etils import epath
 
 from tests.recipes import tiny
 from tests.runs import assert_same_bits, deterministic_rows, run, short
+from vit_jax import evaluation as evaluation_lib
 from vit_jax import train as train_lib
+from vit_jax import trainer as trainer_lib
 from vit_jax.checkpoint import Checkpoints, unstack
 from vit_jax.data.sources import dataset_info
 from vit_jax.sharding import layout, make_mesh, pad_batch, put_batch, put_parts
@@ -172,7 +174,7 @@ def test_a_sharded_run_resumes_bit_for_bit_and_is_evaluated_alike_on_every_mesh(
     assert part and part.items() <= whole.items()
     for sizes in MESHES:
         config = short(data_dir, **{f"mesh__{key}": value for key, value in sizes.items()})
-        _, found = train_lib.evaluate_checkpoint(config, epath.Path(tmp_path / "straight"))
+        _, found = evaluation_lib.evaluate_checkpoint(config, epath.Path(tmp_path / "straight"))
         assert found["test/count"] == results["test/count"] == 360
         assert found == pytest.approx(results, abs=1e-5)
 
@@ -200,7 +202,7 @@ def test_padding_counts_nothing_twice(sizes):
     ],
 )
 def test_what_cannot_be_split_is_said(data_dir, tmp_path, monkeypatch, leaves, words):
-    monkeypatch.setattr(train_lib.Trainer, "_compile", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(trainer_lib.Trainer, "_compile", lambda *_: pytest.fail("compiled"))
     with pytest.raises(ValueError, match=words):
         run(tiny(data_dir, **leaves), tmp_path / "run")
 

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import time
@@ -9,9 +10,13 @@ from etils import epath
 
 from tests.recipes import tiny
 from tests.runs import StopAfter, assert_same_bits, deterministic_rows, run, short, steps_on_disk
+from vit_jax import evaluation as evaluation_lib
 from vit_jax import load
 from vit_jax import train as train_lib
+from vit_jax import trainer as trainer_lib
 from vit_jax import workdir as workdir_lib
+from vit_jax.checkpoint import Checkpoints
+from vit_jax.data.augment import make_augmentation
 from vit_jax.data.loader import HOST_ONLY, make_loader
 from vit_jax.data.sources import dataset_info
 from vit_jax.metrics import Stopwatch
@@ -28,7 +33,7 @@ def losses_on(devices, config, num_steps=20):
     shardings = jax.tree.map(lambda x: x.sharding, train_lib.abstract_state(init, mesh))
     state = jax.jit(init, out_shardings=shardings)()
     step = jax.jit(functools.partial(train_lib.train_step, parts), donate_argnums=0)
-    augment = train_lib.make_augmentation(**config.augment)
+    augment = make_augmentation(**config.augment)
     options = {"batch_size": config.batch_size, "seed": 0, "num_steps": num_steps}
     losses = []
     with make_loader(**config.data, augment=augment, **options) as loader:
@@ -68,7 +73,7 @@ def test_six_steps_are_two_a_restart_and_four_bit_for_bit(data_dir, tmp_path):
     stop = StopAfterTwo()
     workdir = epath.Path(tmp_path / "parts")
     workdir.mkdir()
-    first = train_lib.Trainer(config, workdir, clock=Stopwatch(time.time()), stop=stop)
+    first = trainer_lib.Trainer(config, workdir, clock=Stopwatch(time.time()), stop=stop)
 
     def trainer_step():
         return first.step
@@ -108,7 +113,7 @@ def test_metrics_of_a_step_are_fetched_after_the_next_is_dispatched(
     data_dir, tmp_path, monkeypatch, log_every
 ):
     events = []
-    compile_step = train_lib.Trainer._compile
+    compile_step = trainer_lib.Trainer._compile
 
     def watched_compile(trainer, batch):
         step = compile_step(trainer, batch)
@@ -121,7 +126,7 @@ def test_metrics_of_a_step_are_fetched_after_the_next_is_dispatched(
 
         return dispatch
 
-    monkeypatch.setattr(train_lib.Trainer, "_compile", watched_compile)
+    monkeypatch.setattr(trainer_lib.Trainer, "_compile", watched_compile)
     leaves = {"eval_every": 0, "save_every": 0, "log_every": log_every}
     run(short(data_dir, **leaves), tmp_path / "run")
     events = list(dict.fromkeys(events))  # the first touch of each step
@@ -161,7 +166,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_the_step_and_the_last_good_
     for step in folder.glob("[0-9]*"):
         info = dataset_info("digits", data_dir=data_dir)
         _, init = train_lib.make_parts(config, info)
-        checkpoints = train_lib.Checkpoints(folder, read_only=True)
+        checkpoints = Checkpoints(folder, read_only=True)
         state, _ = checkpoints.restore(int(step.name), train_lib.abstract_state(init, make_mesh()))
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
@@ -225,7 +230,7 @@ def test_time_adds_up_to_the_wall_time(data_dir, tmp_path):
 def test_evaluate_checkpoint_gives_the_numbers_of_training(data_dir, tmp_path):
     config = short(data_dir)
     _, results = run(config, tmp_path / "run")
-    step, again = train_lib.evaluate_checkpoint(config, epath.Path(tmp_path / "run"))
+    step, again = evaluation_lib.evaluate_checkpoint(config, epath.Path(tmp_path / "run"))
     assert step == 6
     assert again == results
 
@@ -272,7 +277,7 @@ def test_a_finished_run_started_again_changes_nothing(data_dir, tmp_path):
 def test_what_does_not_fit_is_said_before_anything_compiles(
     data_dir, tmp_path, monkeypatch, leaves, words
 ):
-    monkeypatch.setattr(train_lib.Trainer, "_compile", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(trainer_lib.Trainer, "_compile", lambda *_: pytest.fail("compiled"))
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         run(tiny(data_dir, **leaves), tmp_path / "run")
 
@@ -297,10 +302,10 @@ def test_another_config_on_the_same_workdir_is_refused_but_cadences_may_change(d
 def test_another_dataset_under_the_same_name_is_refused(data_dir, tmp_path, monkeypatch):
     config = short(data_dir)
     run(config, tmp_path / "run")
-    changed = lambda *a, **k: train_lib.dataclasses.replace(  # noqa: E731
+    changed = lambda *a, **k: dataclasses.replace(  # noqa: E731
         dataset_info(*a, **k), fingerprint="0" * 64
     )
-    monkeypatch.setattr(train_lib, "dataset_info", changed)
+    monkeypatch.setattr(trainer_lib, "dataset_info", changed)
     with pytest.raises(ValueError, match="fingerprint of data: .* -> 000000000000"):
         run(config, tmp_path / "run")
 
@@ -315,8 +320,8 @@ def test_another_dataset_under_the_same_name_is_refused(data_dir, tmp_path, monk
 def test_the_best_checkpoint_is_kept_beside_the_newest(
     data_dir, tmp_path, monkeypatch, leaves, scores, kept
 ):
-    scores, real = iter(scores), train_lib.evaluate
-    monkeypatch.setattr(train_lib, "evaluate", lambda *a: real(*a) | {"test/top1": next(scores)})
+    scores, real = iter(scores), trainer_lib.evaluate
+    monkeypatch.setattr(trainer_lib, "evaluate", lambda *a: real(*a) | {"test/top1": next(scores)})
     run(short(data_dir, **leaves, train__keep=1), tmp_path / "run")
     assert steps_on_disk(tmp_path / "run") == kept
 
@@ -332,7 +337,7 @@ def test_a_workdir_is_not_bound_before_there_is_a_checkpoint(data_dir, tmp_path,
 def test_evaluation_data_of_other_classes_are_refused(data_dir, tmp_path, monkeypatch):
     def other(name, **where):
         info = dataset_info(name, **where)
-        return train_lib.dataclasses.replace(info, class_names=info.class_names[::-1])
+        return dataclasses.replace(info, class_names=info.class_names[::-1])
 
     monkeypatch.setattr("vit_jax.evals.base.dataset_info", other)
     with pytest.raises(ValueError, match="dataset='digits' .*other classes than"):
@@ -344,13 +349,13 @@ def test_other_evaluation_data_are_noticed_on_resuming(data_dir, tmp_path, monke
     run(config, tmp_path / "run")
 
     def other(name, **where):
-        return train_lib.dataclasses.replace(dataset_info(name, **where), fingerprint="0" * 64)
+        return dataclasses.replace(dataset_info(name, **where), fingerprint="0" * 64)
 
     monkeypatch.setattr("vit_jax.evals.base.dataset_info", other)
     with pytest.raises(ValueError, match="fingerprint of evals.test: .* -> 000000000000"):
         run(config, tmp_path / "run")
     with pytest.raises(ValueError, match="dataset of evals.test is not the one of the run"):
-        train_lib.evaluate_checkpoint(config, epath.Path(tmp_path / "run"))
+        evaluation_lib.evaluate_checkpoint(config, epath.Path(tmp_path / "run"))
 
 
 def test_resuming_under_other_versions_is_said(data_dir, tmp_path, monkeypatch):
@@ -372,8 +377,8 @@ def test_checkpoints_without_their_config_are_not_taken_over(data_dir, tmp_path)
 
 def test_a_score_that_is_not_finite_is_no_score(data_dir, tmp_path, monkeypatch):
     scores = iter([0.2, float("nan"), 0.1])
-    real = train_lib.evaluate
-    monkeypatch.setattr(train_lib, "evaluate", lambda *a: real(*a) | {"test/loss": next(scores)})
+    real = trainer_lib.evaluate
+    monkeypatch.setattr(trainer_lib, "evaluate", lambda *a: real(*a) | {"test/loss": next(scores)})
     leaves = {"eval_every": 2, "save_every": 2, "train__keep": 1}
     config = short(data_dir, **leaves, train__best_metric="test/loss")
     run(config, tmp_path / "run")

@@ -6,7 +6,7 @@ from etils import epath
 
 from tests.runs import call, deterministic_rows, run, short, steps_on_disk
 from vit_jax.commands import evaluate
-from vit_jax.train import evaluate_checkpoint
+from vit_jax.evaluation import evaluate_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def stopped(monkeypatch):
         configs.append(config)
         raise Preempted
 
-    monkeypatch.setattr("vit_jax.train.Trainer", trainer)
+    monkeypatch.setattr("vit_jax.trainer.Trainer", trainer)
     return configs
 
 

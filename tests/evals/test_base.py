@@ -6,8 +6,8 @@ import pytest
 
 from tests.evals.test_classification import model
 from vit_jax.evals import EVALS, base
+from vit_jax.evaluation import evaluate, summary
 from vit_jax.sharding import make_mesh
-from vit_jax.train import evaluate, summary
 
 OPTIONS = {
     "classification": {"subset": "dataset"},

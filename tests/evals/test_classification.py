@@ -10,7 +10,7 @@ from flax import nnx
 from PIL import Image
 
 from tests.models import reference
-from vit_jax import train as train_lib
+from vit_jax import evaluation as evaluation_lib
 from vit_jax.data import loader as loader_lib
 from vit_jax.data.prepare import prepare_folder
 from vit_jax.data.sources import load_source
@@ -43,7 +43,7 @@ def evaluate(data_dir, dataset="digits", devices=8, num_classes=10, batch_size=1
         dataset=dataset, data_dir=data_dir, augment=recipe, batch_size=batch_size, **options
     )
     mesh = make_mesh(devices=jax.devices()[:devices])
-    results = train_lib.evaluate({"x": evaluation}, model(num_classes), mesh)
+    results = evaluation_lib.evaluate({"x": evaluation}, model(num_classes), mesh)
     assert all(name.startswith("x/") for name in results)
     return {name.removeprefix("x/"): value for name, value in results.items()}
 

@@ -11,7 +11,7 @@ from etils import epath
 from tests.interop.models import source, spec
 from tests.runs import StopAfter, assert_same_bits, run, saved_state, short, steps_on_disk
 from vit_jax import cli
-from vit_jax import train as train_lib
+from vit_jax import trainer as trainer_lib
 from vit_jax.checkpoint import unstack
 from vit_jax.interop.export import export
 from vit_jax.interop.load import adapt, read_source
@@ -66,7 +66,7 @@ def start(config, workdir):
     workdir.mkdir(parents=True)
     stop = StopSignal()
     try:
-        return train_lib.Trainer(config, workdir, clock=Stopwatch(time.time()), stop=stop)
+        return trainer_lib.Trainer(config, workdir, clock=Stopwatch(time.time()), stop=stop)
     finally:
         stop.restore()
 

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     if values.data_dir:
         for section in (config.data, *config.evals.values()):
             section.data_dir = values.data_dir
-    from vit_jax.train import evaluate_checkpoint
+    from vit_jax.evaluation import evaluate_checkpoint
 
     enable_compilation_cache()
     step, results = evaluate_checkpoint(config, workdir, step=values.step)

@@ -225,7 +225,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, stop: Any) -> None:
     from vit_jax.lease import WorkdirLease
     from vit_jax.metrics import Stopwatch
     from vit_jax.sweep.units import Busy
-    from vit_jax.train import Trainer
+    from vit_jax.trainer import Trainer
 
     workdir.mkdir(parents=True, exist_ok=True)
     try:

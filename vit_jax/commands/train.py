@@ -60,7 +60,8 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _train(values: flags.FlagValues, config: ConfigDict, processes: runtime.Processes) -> int:
-    from vit_jax.train import Trainer, summary  # jax starts here, after the flags were understood
+    from vit_jax.evaluation import summary  # jax starts here, after the flags were understood
+    from vit_jax.trainer import Trainer
 
     runtime.enable_compilation_cache()
     if not processes.is_first:

@@ -1,10 +1,9 @@
 """The ViT paper's figures: what a model looks at, and what its embeddings have learnt."""
 
 import base64
+import dataclasses
 import functools
 import io
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ NUM_FILTERS = 28
 SIDE = 128  # pixels that a map has at least
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class AttentionFigures(Evaluation):
     """Mean attention distance of each layer, and pictures for the report.
 
@@ -26,30 +26,12 @@ class AttentionFigures(Evaluation):
     The other arguments are `Evaluation`'s.
     """
 
-    def __init__(
-        self,
-        *,
-        dataset: str,
-        split: str = "test",
-        data_dir: str = "data",
-        augment: Mapping[str, Any],
-        batch_size: int,
-        num_workers: int = 0,
-        strict: bool = False,
-        num_images: int = 8,
-    ):
-        super().__init__(
-            dataset=dataset,
-            split=split,
-            data_dir=data_dir,
-            augment=augment,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            strict=strict,
-        )
-        if num_images < 1:
-            raise ValueError(f"num_images={num_images} must be at least 1.")
-        self._num_images = num_images
+    num_images: int = 8
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_images < 1:
+            raise ValueError(f"num_images={self.num_images} must be at least 1.")
 
     def measure(self, reader: Reader) -> Scores:
         """distance_layer0, …: in pixels, the mean over images, heads and patches.
@@ -72,7 +54,7 @@ class AttentionFigures(Evaluation):
         return Scores(values, {"attention_distance": distance.tolist(), "pictures": pictures})
 
     def _images(self) -> np.ndarray:
-        found, needed = [], self._num_images
+        found, needed = [], self.num_images
         with self.loader(self.split) as loader:
             for batch in loader:
                 found.append(batch["image"][batch["mask"]][:needed])

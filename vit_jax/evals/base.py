@@ -1,6 +1,6 @@
 """The seam between an evaluation and whoever runs it: a training loop, or a sweep."""
 
-import functools
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -85,6 +85,7 @@ class Batches:
             self._kept[self._split] = self
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Evaluation:
     """A labelled dataset, and how images become what the model wants.
 
@@ -103,40 +104,37 @@ class Evaluation:
       wants: split -> names of features, see `vit_jax/features.py`.
     """
 
-    def __init__(
-        self,
-        *,
-        dataset: str,
-        split: str = "test",
-        data_dir: str = "data",
-        augment: Mapping[str, Any],
-        batch_size: int,
-        num_workers: int = 0,
-        strict: bool = False,
-    ):
-        self._make_loader = functools.partial(
-            make_eval_loader,
-            name=dataset,
-            data_dir=data_dir,
-            augment=make_augmentation(**augment),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            strict=strict,
-        )
+    dataset: str
+    split: str = "test"
+    data_dir: str = "data"
+    augment: Mapping[str, Any]
+    batch_size: int
+    num_workers: int = 0
+    strict: bool = False
+
+    def __post_init__(self):
         self._kept: dict[str, Batches] = {}
-        self.split = split
-        self.info = dataset_info(dataset, data_dir=data_dir)
+        self.info = dataset_info(self.dataset, data_dir=self.data_dir)
         self.wants: dict[str, tuple[str, ...]] = {}
         # What does not fit is said now, and not after hours of training.
-        self._open(split).check().close()
+        self._open(self.split).check().close()
 
     def loader(self, split: str) -> Batches:
         """This process's part of every example of a split, once."""
         return self._kept.get(split) or Batches(self._open(split), self._kept, split)
 
     def _open(self, split: str) -> Loader:
-        process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        return self._make_loader(split=split, **process)
+        return make_eval_loader(
+            name=self.dataset,
+            split=split,
+            data_dir=self.data_dir,
+            augment=make_augmentation(**self.augment),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            strict=self.strict,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
 
     def measure(self, reader: Reader) -> Scores:
         """Scores what the reader gives."""

@@ -1,5 +1,6 @@
 """Accuracy, loss and calibration on a labelled split, every example counted once."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -22,6 +23,7 @@ NUM_BINS = 15
 NUM_MISTAKES = 24
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Classification(Evaluation):
     """Top-1, top-5, softmax cross-entropy and calibration of the model's own head.
 
@@ -41,34 +43,17 @@ class Classification(Evaluation):
       ValueError: classes that do not match; they are named.
     """
 
-    def __init__(
-        self,
-        *,
-        dataset: str,
-        split: str = "test",
-        data_dir: str = "data",
-        augment: Mapping[str, Any],
-        batch_size: int,
-        num_workers: int = 0,
-        strict: bool = False,
-        subset: str | Sequence[str] | Mapping[str, Sequence[str]] = (),
-        labels: str = "",
-        class_names: Sequence[str] = (),
-    ):
-        super().__init__(
-            dataset=dataset,
-            split=split,
-            data_dir=data_dir,
-            augment=augment,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            strict=strict,
-        )
-        self.wants = {split: ("logits",)}
-        self._head = tuple(class_names) or self.info.class_names
-        self._competing, self._right = matched(self._head, self.info.class_names, subset, dataset)
-        self._plain = not subset and not labels
-        self._labels = read_labels(labels) if labels else None
+    subset: str | Sequence[str] | Mapping[str, Sequence[str]] = ()
+    labels: str = ""
+    class_names: Sequence[str] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.wants = {self.split: ("logits",)}
+        classes = self.info.class_names
+        self._head = tuple(self.class_names) or classes
+        self._competing, self._right = matched(self._head, classes, self.subset, self.dataset)
+        self._labels = read_labels(self.labels) if self.labels else None
 
     def run(
         self,
@@ -87,7 +72,7 @@ class Classification(Evaluation):
         Raises:
           ValueError: an example was lost or counted twice.
         """
-        if not self._plain:
+        if self.subset or self.labels:
             return super().run(model, put=put, check_stop=check_stop)
         graphdef, state = nnx.split(model)
         variables = nnx.to_pure_dict(state)

@@ -1,7 +1,7 @@
 """Ridge regression on a few examples of each class, in closed form."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,6 +12,7 @@ BIAS = 100.0  # the constant feature: large, so that the ridge hardly shrinks th
 L2 = tuple(2.0**i for i in range(-10, 20))
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Fewshot(Evaluation):
     """Linear classifiers from 5, 10 or 25 examples a class, as big_vision measures them.
 
@@ -30,38 +31,18 @@ class Fewshot(Evaluation):
     The other arguments are `Evaluation`'s.
     """
 
-    def __init__(
-        self,
-        *,
-        dataset: str,
-        split: str = "test",
-        data_dir: str = "data",
-        augment: Mapping[str, Any],
-        batch_size: int,
-        num_workers: int = 0,
-        strict: bool = False,
-        train_split: str = "train",
-        feature: str = "pooled",
-        shots: Sequence[int] = (5, 10, 25),
-        l2: Sequence[float] = L2,
-        num_held_out: int = 10_000,
-        seed: int = 0,
-    ):
-        super().__init__(
-            dataset=dataset,
-            split=split,
-            data_dir=data_dir,
-            augment=augment,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            strict=strict,
-        )
-        if not shots or min(shots) < 1 or not l2 or min(l2) <= 0:
-            raise ValueError(f"shots={tuple(shots)} and l2={tuple(l2)} must be positive.")
-        self._train_split, self._feature = train_split, feature
-        self._shots, self._l2 = tuple(shots), tuple(l2)
-        self._num_held_out, self._seed = num_held_out, seed
-        self.wants = {train_split: (feature,), split: (feature,)}
+    train_split: str = "train"
+    feature: str = "pooled"
+    shots: Sequence[int] = (5, 10, 25)
+    l2: Sequence[float] = L2
+    num_held_out: int = 10_000
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.shots or min(self.shots) < 1 or not self.l2 or min(self.l2) <= 0:
+            raise ValueError(f"shots={self.shots} and l2={self.l2} must be positive.")
+        self.wants = dict.fromkeys((self.train_split, self.split), (self.feature,))
 
     def measure(self, reader: Reader) -> Scores:
         """top1_5shot, …, and top1: that of the most shots.
@@ -69,19 +50,19 @@ class Fewshot(Evaluation):
         Artefacts: 'fewshot' (shots, l2, the held-out accuracy of each strength, how many examples
         were there), 'correct' (of the most shots, see `pack_bits`).
         """
-        train = reader.features(self, self._train_split)
+        train = reader.features(self, self.train_split)
         test = reader.features(self, self.split)
-        x, num_classes = np.asarray(train.values[self._feature]), len(self.info.class_names)
-        order = np.random.default_rng(self._seed).permutation(len(train.label))
+        x, num_classes = np.asarray(train.values[self.feature]), len(self.info.class_names)
+        order = np.random.default_rng(self.seed).permutation(len(train.label))
         values, rows, correct = [], [], None
-        for shots in sorted(self._shots):
+        for shots in sorted(self.shots):
             chosen, others = choose_shots(train.label, order, shots, num_classes)
-            others = others[: self._num_held_out]
+            others = others[: self.num_held_out]
             held_out = others if len(others) else chosen
             ridge = Ridge(x[chosen], train.label[chosen], num_classes)
-            tried = [ridge.accuracy(x[held_out], train.label[held_out], l2) for l2 in self._l2]
-            best = self._l2[int(np.argmax(tried))]
-            correct = ridge.predict(test.values[self._feature], best) == test.label
+            tried = [ridge.accuracy(x[held_out], train.label[held_out], l2) for l2 in self.l2]
+            best = self.l2[int(np.argmax(tried))]
+            correct = ridge.predict(test.values[self.feature], best) == test.label
             low, high = bootstrap(correct[:, None], lambda means: means)
             number = float(correct.mean()), len(correct), float(low[0]), float(high[0])
             values.append(Value(f"top1_{shots}shot", *number))

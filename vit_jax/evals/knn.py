@@ -1,8 +1,8 @@
 """Weighted nearest neighbours, exact, on the device."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ QUERIES = 1024  # at once
 BANK = 65536  # at once, of each device: what stands in memory is QUERIES × BANK similarities
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Knn(Evaluation):
     """k nearest neighbours by cosine, votes weighted by exp(similarity / temperature).
 
@@ -30,54 +31,35 @@ class Knn(Evaluation):
     The other arguments are `Evaluation`'s.
     """
 
-    def __init__(
-        self,
-        *,
-        dataset: str,
-        split: str = "test",
-        data_dir: str = "data",
-        augment: Mapping[str, Any],
-        batch_size: int,
-        num_workers: int = 0,
-        strict: bool = False,
-        bank_split: str = "train",
-        feature: str = "pooled",
-        k: Sequence[int] = (10, 20, 100, 200),
-        temperature: float = 0.07,
-    ):
-        super().__init__(
-            dataset=dataset,
-            split=split,
-            data_dir=data_dir,
-            augment=augment,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            strict=strict,
-        )
-        if temperature <= 0 or not k or min(k) < 1:
-            raise ValueError(f"temperature={temperature} and k={tuple(k)} must be positive.")
-        self._bank_split, self._feature = bank_split, feature
-        self._k, self._temperature = tuple(k), temperature
-        self.wants = {bank_split: (feature,), split: (feature,)}
+    bank_split: str = "train"
+    feature: str = "pooled"
+    k: Sequence[int] = (10, 20, 100, 200)
+    temperature: float = 0.07
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature <= 0 or not self.k or min(self.k) < 1:
+            raise ValueError(f"temperature={self.temperature} and k={self.k} must be positive.")
+        self.wants = {self.bank_split: (self.feature,), self.split: (self.feature,)}
 
     def measure(self, reader: Reader) -> Scores:
         """top1_k10, top5_k10, … for each k, and top1: that of the first k.
 
         Artefacts: 'bank' (its size), 'correct' (of the first k, see `pack_bits`).
         """
-        bank = reader.features(self, self._bank_split)
+        bank = reader.features(self, self.bank_split)
         queries = reader.features(self, self.split)
-        if max(self._k) > len(bank.label):
+        if max(self.k) > len(bank.label):
             raise ValueError(
-                f"k={max(self._k)} neighbours of a bank of {len(bank.label)}; set a smaller k."
+                f"k={max(self.k)} neighbours of a bank of {len(bank.label)}; set a smaller k."
             )
         similarity, index = neighbours(
-            queries.values[self._feature], bank.values[self._feature], max(self._k)
+            queries.values[self.feature], bank.values[self.feature], max(self.k)
         )
         votes = bank.label[index]  # [queries, k]
         num_classes, values, first = len(self.info.class_names), [], None
-        for k in self._k:
-            best = vote(similarity[:, :k], votes[:, :k], num_classes, self._temperature)
+        for k in self.k:
+            best = vote(similarity[:, :k], votes[:, :k], num_classes, self.temperature)
             hits = best == queries.label[:, None]
             columns = np.stack([hits[:, 0], hits.any(axis=1)], axis=1)
             low, high = bootstrap(columns, lambda means: means)

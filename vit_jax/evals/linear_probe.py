@@ -1,8 +1,10 @@
 """Linear classifiers on frozen features: a whole grid of them at once."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from vit_jax.evals.intervals import bootstrap, pack_bits
 MOMENTUM = 0.9
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class LinearProbe(Evaluation):
     """Softmax regression by SGD on features that are extracted once, for a grid of settings.
 
@@ -35,45 +38,25 @@ class LinearProbe(Evaluation):
     The other arguments are `Evaluation`'s.
     """
 
-    def __init__(
-        self,
-        *,
-        dataset: str,
-        split: str = "test",
-        data_dir: str = "data",
-        augment: Mapping[str, Any],
-        batch_size: int,
-        num_workers: int = 0,
-        strict: bool = False,
-        train_split: str = "train",
-        held_out: float = 0.1,
-        features: Sequence[str] = ("pooled",),
-        learning_rates: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0),
-        weight_decays: Sequence[float] = (0.0, 1e-5, 1e-4, 1e-3, 1e-2),
-        num_steps: int = 1000,
-        probe_batch_size: int = 256,
-        seed: int = 0,
-    ):
-        super().__init__(
-            dataset=dataset,
-            split=split,
-            data_dir=data_dir,
-            augment=augment,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            strict=strict,
-        )
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out={held_out} must be between 0 and 1.")
-        if not (len(features) and len(learning_rates) and len(weight_decays)):
+    train_split: str = "train"
+    held_out: float = 0.1
+    features: Sequence[str] = ("pooled",)
+    learning_rates: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    weight_decays: Sequence[float] = (0.0, 1e-5, 1e-4, 1e-3, 1e-2)
+    num_steps: int = 1000
+    probe_batch_size: int = 256
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out} must be between 0 and 1.")
+        if not (self.features and self.learning_rates and self.weight_decays):
             raise ValueError("features, learning_rates and weight_decays need a value each.")
-        if min(learning_rates) <= 0 or min(weight_decays) < 0:
+        if min(self.learning_rates) <= 0 or min(self.weight_decays) < 0:
             raise ValueError("learning_rates must be positive, weight_decays not negative.")
-        self._train_split, self._held_out, self._seed = train_split, held_out, seed
-        self._features = tuple(features)
-        self._grid = [(lr, decay) for lr in learning_rates for decay in weight_decays]
-        self._num_steps, self._batch_size = num_steps, probe_batch_size
-        self.wants = {train_split: self._features, split: self._features}
+        self._grid = list(itertools.product(self.learning_rates, self.weight_decays))
+        self.wants = dict.fromkeys((self.train_split, self.split), tuple(self.features))
 
     def measure(self, reader: Reader) -> Scores:
         """top1 on the scored split, and held_out_top1, of the chosen setting.
@@ -81,37 +64,37 @@ class LinearProbe(Evaluation):
         Artefacts: 'linear_probe' (the whole grid with its held-out accuracies, and the chosen
         setting), 'correct' (see `pack_bits`).
         """
-        train = reader.features(self, self._train_split)
+        train = reader.features(self, self.train_split)
         test = reader.features(self, self.split)
         num_classes = len(self.info.class_names)
-        order = np.random.default_rng(self._seed).permutation(len(train.label))
-        kept = max(int(len(order) * (1 - self._held_out)), 1)
+        order = np.random.default_rng(self.seed).permutation(len(train.label))
+        kept = max(int(len(order) * (1 - self.held_out)), 1)
         fitted, held_out = np.sort(order[:kept]), np.sort(order[kept:])
         if not len(held_out):
             raise ValueError(
-                f"held_out={self._held_out} of {len(order)} examples is none; set more."
+                f"held_out={self.held_out} of {len(order)} examples is none; set more."
             )
-        parts = [Standard.of(np.asarray(train.values[name])[fitted]) for name in self._features]
+        parts = [Standard.of(np.asarray(train.values[name])[fitted]) for name in self.features]
         x = stacked([part(train.values[name][fitted]) for part, name in self._zip(parts)])
         probes = train_probes(
             x,
             train.label[fitted],
             num_classes,
             settings=self._grid,
-            num_steps=self._num_steps,
-            batch_size=min(self._batch_size, len(fitted)),
-            seed=self._seed,
+            num_steps=self.num_steps,
+            batch_size=min(self.probe_batch_size, len(fitted)),
+            seed=self.seed,
         )
         chosen_on = [part(train.values[name][held_out]) for part, name in self._zip(parts)]
         label = train.label[held_out]
         accuracy = np.stack([hits(probes, i, x, label).mean(-1) for i, x in enumerate(chosen_on)])
         choice, setting = np.unravel_index(accuracy.argmax(), accuracy.shape)
-        x = parts[choice](test.values[self._features[choice]])
+        x = parts[choice](test.values[self.features[choice]])
         correct = hits(probes, choice, x, test.label)[setting]
         return self._scores(accuracy, choice, setting, correct, test.index, len(held_out))
 
     def _zip(self, parts):
-        return zip(parts, self._features, strict=True)
+        return zip(parts, self.features, strict=True)
 
     def _scores(self, accuracy, choice, setting, correct, index, num_held_out) -> Scores:
         low, high = bootstrap(correct[:, None], lambda means: means)
@@ -119,7 +102,7 @@ class LinearProbe(Evaluation):
         values = [best, Value("held_out_top1", float(accuracy.max()), num_held_out)]
         rows = [
             {"feature": name, "learning_rate": lr, "weight_decay": decay, "held_out": float(share)}
-            for name, shares in zip(self._features, accuracy, strict=True)
+            for name, shares in zip(self.features, accuracy, strict=True)
             for (lr, decay), share in zip(self._grid, shares, strict=True)
         ]
         chosen = rows[choice * len(self._grid) + setting]

@@ -1,0 +1,332 @@
+"""The loop around the step: builds the parts from a config, then only decides when.
+
+When to log, to evaluate, to save; what a step is stands in `vit_jax/train.py`.
+"""
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from vit_jax import config as config_lib
+from vit_jax.checkpoint import Checkpoints
+from vit_jax.data.augment import make_augmentation
+from vit_jax.data.loader import HOST_ONLY, Loader, make_loader
+from vit_jax.data.sources import dataset_info
+from vit_jax.evaluation import evaluate, fingerprints, make_evals, summary
+from vit_jax.metrics import MetricsWriter, Monitor, NoWriter, Stopwatch, read_rows
+from vit_jax.runtime import Preempted, Processes, StopSignal
+from vit_jax.sharding import check_host_memory, make_mesh, put_batch, put_parts
+from vit_jax.train import (
+    Batch,
+    TrainOptions,
+    TrainState,
+    abstract_state,
+    check_batch,
+    make_parts,
+    make_step,
+    take_weights,
+)
+from vit_jax.tree import num_params
+from vit_jax.watchdog import Stragglers, Watchdog
+from vit_jax.workdir import RunRecord
+
+
+class Trainer:
+    """One start of a run: builds the parts, takes up the newest checkpoint, and loops.
+
+    Args:
+      config: resolved, as the recipes in `configs/` make it.
+      workdir: an existing folder, owned by this job.
+      clock: started when the process was.
+      stop: polled at every step and at every batch of an evaluation.
+      processes: of the job; the first one writes, and checkpoints are written by all.
+      watchdog: hears of every step.
+
+    Raises:
+      ValueError: something in the config does not fit; said before anything compiles.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.Path,
+        *,
+        clock: Stopwatch,
+        stop: StopSignal,
+        processes: Processes | None = None,
+        watchdog: Watchdog | None = None,
+    ):
+        self.config, self.workdir, self.clock, self.stop = config, workdir, clock, stop
+        self.processes = Processes() if processes is None else processes
+        if watchdog is None:
+            watchdog = Watchdog(workdir / "hosts", self.processes, job="", timeout=0.0)
+        self.watchdog, self.stragglers = watchdog, Stragglers(self.processes)
+        with self.processes.together("the check of the config and the data"):
+            init = self._build()
+        found = fingerprints(self.info, self.evals)
+        self.processes.check_same({f"fingerprint of {k}": v[:12] for k, v in found.items()})
+        offload = self.options.offload_opt_state
+        abstract = abstract_state(init, self.mesh, offload=offload)
+        self.num_params = self.parts.num_params
+        self.num_trained = num_params(abstract.params)
+        keep = {"keep": self.options.keep, "keep_best": self.options.keep_best}
+        self.checkpoints = Checkpoints(workdir / "checkpoints", **keep)
+        steps = self.processes.gather("the checkpoints", self.checkpoints.steps())[0]
+        with self.processes.together("the check of the workdir"):
+            self.record = RunRecord(
+                workdir,
+                config,
+                self.info,
+                clock,
+                fingerprints=found,
+                num_params=self.num_params,
+                started=bool(steps),  # before, nothing binds a run to its config
+                writes=self.processes.is_first,
+            )
+        self._take_up(init, abstract, steps)
+
+    def _build(self) -> Callable[[], TrainState]:
+        """All that needs no device; answers what makes the initial state."""
+        config = self.config
+        config_lib.check_top_level(config)
+        self.options = config_lib.call("train", TrainOptions, config.train)
+        self.mesh = config_lib.call("mesh", make_mesh, config.mesh)
+        self.info = dataset_info(config.data.name, data_dir=config.data.data_dir)
+        self.parts, init = make_parts(config, self.info)
+        self.augment = make_augmentation(**config_lib.plain(config.augment))
+        self._check_fit()
+        self.evals = make_evals(config, self.info)
+        self._loader(0).check().close()  # what does not fit in the data section is said now
+        return init
+
+    def _check_fit(self) -> None:
+        options = self.options
+        check_batch(self.config.batch_size, self.parts, self.mesh)
+        if options.spmd == "pmap" and self.mesh.size != self.mesh.shape["data"]:
+            raise ValueError(
+                "train.spmd='pmap' splits the batch alone: use mesh.data=-1 and 1 for the other "
+                "axes, or spmd='jit'."
+            )
+        if options.offload_opt_state:
+            check_host_memory(self.mesh, "train.offload_opt_state=True")
+        if self.config.model.get("remat") == "offload":
+            check_host_memory(self.mesh, "model.remat='offload'")
+        metric, sections = self.options.best_metric, {"augment": self.config.augment}
+        for key, section in self.config.evals.items():
+            sections[f"evals.{key}.augment"] = section.get("augment", {})
+        for key, section in sections.items():
+            size = section.get("size", self.parts.image_size)
+            if tuple(size) != self.parts.image_size:
+                raise ValueError(
+                    f"{key}.size={tuple(size)} and model.image_size={self.parts.image_size} "
+                    "differ; make them the same."
+                )
+        if metric and metric.split("/")[0] not in self.config.evals:
+            raise ValueError(
+                f"train.best_metric={metric!r} must be EVALUATION/METRIC of the config's evals: "
+                f"{', '.join(self.config.evals) or 'none'}; '' turns it off."
+            )
+
+    def _take_up(
+        self, init: Callable[[], TrainState], abstract: TrainState, steps: list[int]
+    ) -> None:
+        """The newest checkpoint's state, or a fresh one; files are cut back to it."""
+        if steps:
+            self.state, meta = self.checkpoints.restore(steps[-1], abstract)
+        else:
+            shardings = jax.tree.map(lambda x: x.sharding, abstract)
+            self.state, meta = jax.jit(init, out_shardings=shardings)(), {}
+            if "init_from" in self.config and self.config.init_from:
+                state = take_weights(self.parts, self.state, self.config.init_from, self.info)
+                self.state = jax.device_put(state, shardings)
+        self.step = meta.get("step", 0)
+        self.writer = NoWriter()
+        self.evaluated = dict(self.processes.first("the metrics", self._open_metrics))
+        for step, results in self.evaluated.items():
+            self._score(step, results)
+        self.monitor = Monitor(
+            self.writer,
+            self.clock,
+            batch_size=self.config.batch_size,
+            total_steps=self.config.total_steps,
+            log_every=self.config.log_every,
+            flops_per_image=self.parts.flops_per_image,
+            max_skips=self.options.max_skips,
+            last_good=self._last_good,
+            say=functools.partial(print, flush=True),
+            skipped=meta.get("skipped", 0),
+            rejected=meta.get("rejected", 0),
+        )
+        self.finished = self.step == self.config.total_steps and not self._evaluation_due()
+        if not self.finished:
+            self.record.resume(meta)
+
+    def _open_metrics(self) -> list[tuple[int, dict[str, float]]]:
+        """The writer, and what was evaluated up to now, by step."""
+        self.writer = MetricsWriter(
+            self.workdir, resume_step=self.step, wandb=self.options.wandb, config=self.config
+        )
+        rows = [
+            (row["step"], {k: v for k, v in row.items() if k.split("/")[0] in self.evals})
+            for row in read_rows(self.writer.path)
+        ]
+        return [(step, results) for step, results in rows if results]
+
+    def run(self) -> dict[str, float]:
+        """Trains to the end.
+
+        Returns:
+          The last evaluation's metrics.
+
+        Raises:
+          FloatingPointError: too many updates were not finite.
+          OSError: a checkpoint could not be written.
+          Preempted: after saving, because of a signal.
+        """
+        self.clock.switch("steps")
+        with contextlib.closing(self.checkpoints), contextlib.closing(self.writer):
+            if not self.finished:
+                try:
+                    if self.step and self._evaluation_due():  # a signal came before it was done
+                        self._evaluate()
+                    self._loop()
+                    with self.clock("saving"):
+                        self.checkpoints.wait()
+                    self.record.save()
+                finally:  # however it ends; on a full disk the first error counts
+                    self.watchdog.stop()
+                    with contextlib.suppress(OSError):
+                        self.record.save()
+            return self._evaluated()
+
+    def _loop(self) -> None:
+        train_step = None
+        with self._loader(self.step) as loader:
+            for batch in self.clock.waiting(loader):
+                begun = time.monotonic()
+                arrays = {key: value for key, value in batch.items() if key not in HOST_ONLY}
+                arrays = self._put(arrays)
+                host_work = loader.seconds + time.monotonic() - begun
+                if train_step is None:
+                    train_step = self._compile(arrays)
+                    self.stop.check()  # nothing is lost: no step was done
+                    self.watchdog.start()
+                first, last = (int(batch["position"][at]) for at in (0, -1))
+                self.watchdog.beat(step=self.step, positions=[first, last], phase="training")
+                self.state, metrics = train_step(self.state, arrays)
+                self.step += 1
+                self.monitor.push(self.step, metrics, batch["error"])
+                for line in self.stragglers.push(host_work):
+                    print(line, flush=True)
+                scored = False  # whether this state may turn out to be the best
+                try:
+                    if self._evaluation_due():
+                        self._evaluate()
+                        scored = bool(self.options.best_metric)
+                except Preempted:
+                    pass  # saved below; the evaluation is done when the run is started again
+                stopping = bool(self.stop)  # once: a signal after this line waits for the next step
+                if stopping or scored or self._due(self.config.save_every):
+                    self._save()
+                if stopping:
+                    raise Preempted
+
+    def _loader(self, start_step: int) -> Loader:
+        # Exactly the config's `data` section, and what the run adds to it.
+        return config_lib.call(
+            "data",
+            make_loader,
+            self.config.data,
+            augment=self.augment,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            num_steps=self.config.total_steps,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def _put(self, batch: dict[str, np.ndarray]) -> Batch:
+        put = put_parts if self.options.spmd == "pmap" else put_batch
+        return put(batch, self.mesh)
+
+    def _compile(self, batch: Batch) -> Callable:
+        print("compiling the training step …", flush=True)
+        with self.clock("compile"):
+            start = time.time()
+            step = make_step(self.parts, self.state, self.mesh)
+            compiled = step.lower(self.state, batch).compile()
+        print(f"compiled in {time.time() - start:.1f} s", flush=True)
+        return compiled
+
+    def _evaluate(self) -> None:
+        self.monitor.flush()
+        print(f"step {self.step} | evaluating …", flush=True)
+        with self.clock("evaluation"):
+            model = self.parts.model(self.state)
+            results = evaluate(self.evals, model, self.mesh, self._check_in_evaluation)
+        self.watchdog.beat(phase="training")
+        metric = self.options.best_metric
+        if metric and metric not in results:
+            raise ValueError(
+                f"train.best_metric={metric!r} is not among the metrics of this evaluation: "
+                f"{', '.join(results)}."
+            )
+        self.writer.write(self.step, results)
+        self.evaluated[self.step] = results
+        self._score(self.step, results)
+        print(f"step {self.step} | " + summary(results), flush=True)
+
+    def _check_in_evaluation(self) -> None:
+        self.watchdog.beat(phase="evaluation")
+        self.stop.check()
+
+    def _save(self) -> None:
+        self.watchdog.beat(phase="saving")
+        self.monitor.flush()  # only a state whose step was found finite is kept
+        with self.clock("saving"):
+            self.checkpoints.save(self.step, self.state, self._meta())
+        self.record.save()
+
+    def _meta(self) -> dict[str, Any]:
+        preprocess = self.parts.preprocess
+        return {
+            "step": self.step,
+            "time": time.time(),
+            "seconds": self.clock.snapshot(),
+            "skipped": self.monitor.skipped,
+            "rejected": self.monitor.rejected,
+            "versions": self.record.values["versions"],
+            "dataset": self.record.values["dataset"],
+            "fingerprints": self.record.values["fingerprints"],
+            "preprocess": {"mean": preprocess.mean, "std": preprocess.std},
+            "config": config_lib.plain(self.config),
+        }
+
+    def _due(self, cadence: int) -> bool:
+        last = self.step == self.config.total_steps
+        return last or bool(cadence and self.step % cadence == 0)
+
+    def _evaluation_due(self) -> bool:
+        return bool(self.evals) and self._due(self.config.eval_every) and not self._evaluated()
+
+    def _evaluated(self) -> dict[str, float]:
+        return self.evaluated.get(self.step, {})
+
+    def _score(self, step: int, values: Mapping[str, float]) -> None:
+        value = values.get(self.options.best_metric)
+        if value is not None and math.isfinite(value):
+            self.checkpoints.score(step, value)
+
+    def _last_good(self) -> str:
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        return str(self.workdir / "checkpoints" / str(steps[-1])) if steps else "the initial state"
