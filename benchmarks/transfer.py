@@ -5,10 +5,12 @@
 Pretrains the digits' recipe on 0 to 4, then trains 5 to 9 by `configs/transfer.py`: in each of its
 modes from the weights, from scratch, and a probe of the same backbone as it is drawn. All take the
 same model, steps and images. With an archive of CIFAR-10 (train/<class>/, test/<class>/) the same
-for its classes by name. An arm's learning rate is the best of three on the last fifth of the
-training split, trained on the rest, with the first seed. Then each seed pretrains and trains on the whole split; printed are the mean and
-the standard deviation of the test split's accuracies. The last line is JSON. A finished run in --out
-is not run again, an interrupted one goes on.
+for its classes by name.
+
+An arm's learning rate is the best of four on the last fifth of the training split, trained on the
+rest, with the first seed. Then each seed pretrains, and trains on the whole split; printed are the
+mean and the standard deviation of accuracies on the test split. The last line is JSON. A finished
+run in --out is not run again, an interrupted one goes on.
 """
 
 import argparse
@@ -34,7 +36,7 @@ ARMS = {
     "probe": "mode=probe",
     "random probe": "mode=probe,pretrained=false",
 }
-RATES = {"backbone": (1e-3, 3e-3, 1e-2), "probe": (1e-2, 3e-2, 1e-1)}
+RATES = {"backbone": (1e-3, 3e-3, 1e-2, 3e-2), "probe": (1e-2, 3e-2, 1e-1, 3e-1)}
 
 
 class Task(NamedTuple):

@@ -77,7 +77,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.save_every = max(steps // 4, 1)
     config.model = weights["model"] | {"image_size": size, "drop_path": drop_path}
     config.objective = {"name": "supervised", "pool": weights["pool"], "label_smoothing": 0.0}
-    config.objective.feature_norm = arg.mode == "probe"
     config.preprocess = {"normalize": "half", "mixup": 0.0}
     if "mean" in weights:
         config.preprocess = {"normalize": "given", "mean": weights["mean"], "std": weights["std"]}

@@ -1,7 +1,6 @@
 """What `predict` and `embed` share: the flags for weights and images, and reading them."""
 
 import dataclasses
-import importlib.util
 import sys
 from typing import NamedTuple
 
@@ -45,12 +44,6 @@ def check(values: flags.FlagValues) -> None:
         raise FileExistsError(f"{values.out} exists; choose another --out or add --overwrite.")
     if values.workdir and not (epath.Path(values.workdir) / "config.json").exists():
         raise FileNotFoundError(f"no checkpoint in {values.workdir}: it is no folder of a run.")
-
-
-def check_parquet() -> None:
-    """Raises where parquet is wanted and pyarrow is missing."""
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError("parquet needs pyarrow: pip install 'vit-jax[parquet]', or use another.")
 
 
 def load(values: flags.FlagValues, *, one_vector: bool = False) -> Weights:

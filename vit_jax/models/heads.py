@@ -144,10 +144,6 @@ class Head(nnx.Module):
             x = jnp.tanh(self.pre_logits(x))
         return self.fc(x)
 
-    def first_layers(self) -> list[nnx.Linear]:
-        """What reads the features."""
-        return [self.fc if self.pre_logits is None else self.pre_logits]
-
     def flops(self) -> int:
         """Matrix-product FLOPs on one image."""
         layers = [self.fc] if self.pre_logits is None else [self.pre_logits, self.fc]
@@ -172,58 +168,10 @@ class DistilledHead(nnx.Module):
         cls, dist = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return (self.fc(cls) + self.fc_dist(dist)) / 2
 
-    def first_layers(self) -> list[nnx.Linear]:
-        """What reads the features, each its share of them."""
-        return [self.fc, self.fc_dist]
-
     def flops(self) -> int:
         """Matrix-product FLOPs on one image."""
         dim, num_classes = self.fc.kernel.shape
         return 4 * dim * num_classes
-
-
-class FeatureNorm(nnx.Module):
-    """BatchNorm without scale and bias (Ioffe & Szegedy 2015, algorithm 1), for a linear probe.
-
-    Each feature gets mean 0 and deviation 1 over the batch, so that one learning rate suits all of
-    them (He et al. 2022, MAE, appendix A.1). `update` keeps running statistics, which `before`
-    writes into a head: nothing of this is left in what evaluation and export see.
-    """
-
-    def __init__(self, dim: int, *, decay: float = 0.9, eps: float = 1e-6):
-        self.decay, self.eps = decay, eps
-        self.mean, self.var = nnx.BatchStat(jnp.zeros(dim)), nnx.BatchStat(jnp.ones(dim))
-
-    def statistics(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and variance [dim] float32 of x [batch, dim] over the examples of the mask."""
-        x, weights = x.astype(jnp.float32), mask[:, None] / jnp.maximum(mask.sum(), 1)
-        mean = (x * weights).sum(0)
-        return mean, ((x - mean) ** 2 * weights).sum(0)
-
-    def __call__(
-        self, x: jax.Array, statistics: tuple[jax.Array, jax.Array] | None = None
-    ) -> jax.Array:
-        """[batch, dim] -> the same float32, by the running statistics if none are given."""
-        mean, var = (self.mean[...], self.var[...]) if statistics is None else statistics
-        return (x.astype(jnp.float32) - mean) * jax.lax.rsqrt(var + self.eps)
-
-    def update(self, statistics: tuple[jax.Array, jax.Array], step: jax.Array) -> None:
-        """Takes up a batch's statistics: the mean of all at first, then an exponential one's."""
-        share = jnp.maximum(1 / (step + 1), 1 - self.decay)
-        for variable, new in zip((self.mean, self.var), statistics, strict=True):
-            variable[...] += share * (new - variable[...])
-
-    def before(self, head: "Head | DistilledHead") -> "Head | DistilledHead":
-        """A head that answers of plain features what `head` does of standardised ones."""
-        scale = jax.lax.rsqrt(self.var[...] + self.eps)
-        head, start = nnx.clone(head), 0
-        for layer in head.first_layers():
-            width = layer.kernel.shape[0]  # a distilled head's layers read a half each
-            own = slice(start, start + width)
-            kernel = layer.kernel[...] * scale[own, None]
-            layer.bias[...] -= self.mean[own] @ kernel
-            layer.kernel[...], start = kernel, start + width
-        return head
 
 
 def make_head(

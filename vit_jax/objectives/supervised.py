@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vit_jax.losses import sigmoid_cross_entropy, softmax_cross_entropy
-from vit_jax.models.heads import FeatureNorm, make_head, make_pool
+from vit_jax.models.heads import make_head, make_pool
 from vit_jax.models.layers import fold_in
 from vit_jax.objectives.base import Model, Objective, Output
 from vit_jax.preprocess import Preprocess
@@ -28,8 +28,6 @@ class Supervised(Objective):
         section 7).
       pool: see `make_pool`; 'cls_dist' trains DeiT's two heads by their mean.
       hidden_dim: width of the head's hidden layer; 0 for one linear layer.
-      feature_norm: whether pooled features are standardised over the batch before the head, for
-        linear probes, see `FeatureNorm`; this couples the examples of a batch.
     """
 
     def __init__(
@@ -42,7 +40,6 @@ class Supervised(Objective):
         label_smoothing: float = 0.0,
         pool: str = "gap",
         hidden_dim: int = 0,
-        feature_norm: bool = False,
         rngs: nnx.Rngs,
     ):
         if loss not in LOSSES:
@@ -56,10 +53,6 @@ class Supervised(Objective):
         bias = -math.log(num_classes) if loss == "sigmoid" else 0.0
         options = {"hidden_dim": hidden_dim, "bias_init": bias, "rngs": rngs}
         self.head = make_head(pool, backbone.dim, num_classes, **options)
-        width = sum(layer.kernel.shape[0] for layer in self.head.first_layers())
-        self.feature_norm = FeatureNorm(width) if feature_norm else None
-        if feature_norm:
-            self.couples_examples = True
 
     def __call__(self, backbone, batch, *, step, key, train):
         """See `Objective`; metrics: loss, accuracy (of the first of mixed labels)."""
@@ -70,11 +63,7 @@ class Supervised(Objective):
         if train:
             images, targets = self.preprocess.mix(images, targets, mask, fold_in(key, 0))
         tokens = backbone(images, key=fold_in(key, 1) if train else None)
-        features, aux = self.pool(tokens), ()  # [batch, features]
-        if self.feature_norm is not None:
-            aux = self.feature_norm.statistics(features, mask) if train else None
-            features = self.feature_norm(features, aux)
-        logits = self.head(features)  # [batch, num_classes]
+        logits = self.head(self.pool(tokens))  # [batch, num_classes]
         count = mask.sum().astype(jnp.float32)
         losses = jnp.where(mask, LOSSES[self.loss](logits, targets), 0.0)
         correct = (logits.argmax(-1) == batch["label"]) & mask
@@ -82,12 +71,7 @@ class Supervised(Objective):
             "loss": (losses.sum(), count),
             "accuracy": (correct.sum().astype(jnp.float32), count),
         }
-        return losses.sum() / jnp.maximum(count, 1), Output(metrics, aux)
-
-    def after_update(self, backbone, aux, step):
-        """Running statistics of the features, where they are standardised."""
-        if self.feature_norm is not None:
-            self.feature_norm.update(aux, step)
+        return losses.sum() / jnp.maximum(count, 1), Output(metrics)
 
     def flops_per_image(self, backbone) -> int:
         """3 × the forward pass of backbone, pooling and head on the tokens that training keeps."""
@@ -96,5 +80,4 @@ class Supervised(Objective):
 
     def model(self, backbone) -> Model:
         """Backbone, pooling, head and preprocessing."""
-        head = self.head if self.feature_norm is None else self.feature_norm.before(self.head)
-        return Model(backbone, self.pool, head, self.preprocess)
+        return Model(backbone, self.pool, self.head, self.preprocess)
