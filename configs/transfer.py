@@ -13,8 +13,10 @@ weights; `size` asks for another resolution. Modes:
 
 The modes' learning rates are for published weights of S to L; models of a few blocks want ten times
 as much and more, as in `benchmarks/transfer.py`, which has figures on half of the digits' classes
-(README). On ImageNet's size not yet run. Without `init_from` the same recipe trains `variant` from
-scratch, to compare with.
+and CIFAR-10's (README). On ImageNet's size not yet run.
+
+To compare with: `pretrained=false` trains the same model as it is drawn, without the weights, in
+any mode; without `init_from` the recipe trains `variant` from scratch.
 """
 
 from ml_collections import ConfigDict
