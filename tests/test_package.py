@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "metrics": {"jax", "tensorboardX", "chips"},
     "chips": set(),
     "hlo": set(),
+    "bundles": {"chips", "hlo"},
     "plan": {"jax", "chips", "hlo", "sharding", "train"},
     "checkpoint": {"jax", "flax", "orbax", "tree"},
     "exit_codes": set(),
@@ -64,6 +65,7 @@ HEAVY = {
     *("tensorflow", "torch", "sklearn"),
 }
 LATE = {
+    "bundles": {"jax", "plan"},
     "cli": {"runtime"},
     "data": {"sklearn", "tensorflow"},
     "config": {"data", "interop"},

@@ -189,6 +189,8 @@ def test_skipped_updates_change_nothing_but_the_step(data_dir):
     assert_same_bits(sick.opt_state, new.opt_state)
     healthy, metrics = step(state, batch)
     assert metrics["finite"]
+    sick_optimizer = jax.tree.map(lambda x: x + np.nan if x.ndim else x, state.opt_state)
+    assert not step(state._replace(opt_state=sick_optimizer), batch)[1]["finite"]
     moved = named_leaves(healthy.opt_state)
     assert any((np.asarray(x) != 0).any() for x in moved.values())
     assert metrics["learning_rate"] == 0  # the first step of the warmup

@@ -188,7 +188,9 @@ def train_step(
 
     norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
     new = TrainState(state.step, params, non_trainable, opt_state, ema)
-    finite = all_finite((loss, norms, new))
+    # Optimisers' states are made of gradients and their squares, as these norms are: looking at
+    # the states too would read all of them once more.
+    finite = all_finite((loss, norms, non_trainable))
     new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
     metrics = {
         name: total / jnp.maximum(count, 1) for name, (total, count) in output.metrics.items()

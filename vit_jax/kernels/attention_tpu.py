@@ -31,8 +31,8 @@ MAX_QUERIES = 3 * LANES
 MAX_UNROLLED = 8 * 1024 * 1024
 """Scores of one body of code; beyond, heads are looped over. Compiling takes time in proportion."""
 
-CELL_BYTES = 4 * 1024 * 1024
-"""Of the images that a grid cell takes at a time."""
+CELL_BYTES = 8 * 1024 * 1024
+"""Of the images that a grid cell takes at a time: starting a cell costs about 500 cycles."""
 
 VMEM_BYTES = 64 * 1024 * 1024
 

@@ -1,0 +1,115 @@
+"""The accounting of kernels, on a real dump: 8 cells with 4 products of 16 × 128 × 128 (v5e)."""
+
+import pathlib
+
+import pytest
+
+from vit_jax import bundles, hlo
+from vit_jax.chips import CHIPS
+
+DUMPS = pathlib.Path(__file__).parent / "dumps"
+
+
+def program():
+    return bundles.parse((DUMPS / "products_final_bundles.txt").read_text())
+
+
+def test_loops_and_their_trips_are_found():
+    (grid,) = program().inside
+    (images,) = grid.inside
+    assert (grid.trips, grid.cells, grid.is_grid) == (10, 8, True)
+    assert (images.trips, images.cells, images.is_grid) == (4, 4, False)
+    assert images.inside == []
+    # Addresses, the four bundles behind a jump included: 0x6 to 0x55, and 0x2e to 0x46.
+    assert images.bundles == 0x46 - 0x2E + 1
+    assert grid.bundles == 0x55 - 0x6 + 1 - images.bundles
+    assert dict(images.rows) == {"mxu0": 16} and not grid.rows
+
+
+def test_bundles_and_rows_are_multiplied_by_cells_and_trips():
+    inner, outer = 0x46 - 0x2E + 1, 0x55 - 0x6 + 1
+    outside = program().bundles
+    assert program().total() == (outside + 8 * (outer - inner + 4 * inner), 8 * 4 * 16)
+
+
+def test_units_of_256_take_in_two_rows_a_cycle():
+    line = "  0x1   :  { %1 = vmatmul.mubr.bf16.gmra.mxu1 %v1 }\n"
+    assert bundles.parse(line).total() == (1, 8)
+
+
+def test_what_is_no_dump_is_refused():
+    with pytest.raises(ValueError, match="no dump of bundles"):
+        bundles.parse("HloModule nothing\n")
+
+
+def test_a_kernel_lasts_as_long_as_its_slowest_part_and_starting_its_cells():
+    options = {"name": "", "cells": 2, "overhead": 5, "times": 1, "op_name": ""}
+    for sizes in ((30, 20, 10), (10, 30, 20), (20, 10, 30)):
+        bundles_, rows, traffic = sizes
+        kernel = bundles.Kernel(bundles=bundles_, rows=rows, traffic=traffic, **options)
+        assert kernel.cycles == 35
+
+
+@pytest.fixture
+def dumped(monkeypatch):
+    monkeypatch.setattr(bundles, "_compile", lambda calls, topology: [text for _ in calls])
+    text = (DUMPS / "products_final_bundles.txt").read_text()
+
+
+def test_kernels_of_a_program(dumped):
+    module = hlo.parse((DUMPS / "products.hlo").read_text())
+    chip = CHIPS["TPU v5e"]
+    (kernel,) = bundles.kernels(module, chip, "v5e:4x4")
+    assert (kernel.name, kernel.cells, kernel.times) == ("products", 8, 1)
+    assert (kernel.bundles, kernel.rows) == program().total()
+    size = 2 * 32 * 16 * 128 + 2 * 128 * 128 + 4 * 32 * 16 * 128
+    traffic = size * chip.clock / chip.hbm_bandwidth
+    assert kernel.traffic == pytest.approx(traffic, abs=1)
+    start = 8 * 0.35e-6 * chip.clock + traffic / 8
+    assert kernel.overhead == pytest.approx(start, abs=1)
+
+
+def test_arrays_that_stay_on_the_chip_are_no_traffic(dumped):
+    text = (DUMPS / "products.hlo").read_text()
+    moved = text.replace(
+        "%x.1 = bf16[32,16,128]{2,1,0:T(8,128)(2,1)}",
+        "%x.1 = bf16[32,16,128]{2,1,0:T(8,128)(2,1)S(1)}",
+    )
+    both = [bundles.kernels(hlo.parse(t), CHIPS["TPU v5e"], "v5e:4x4")[0] for t in (text, moved)]
+    chip = CHIPS["TPU v5e"]
+    less = 2 * 32 * 16 * 128 * chip.clock / chip.hbm_bandwidth
+    assert both[0].traffic - both[1].traffic == pytest.approx(less, abs=1)
+
+
+def test_kernels_in_a_loop_are_counted_by_its_trips(dumped):
+    call = (DUMPS / "products.hlo").read_text().split("ROOT %products.1 = ")[1].split("\n}")[0]
+    text = f"""HloModule loop
+
+%body (c: (s32[])) -> (s32[]) {{
+  %x.1 = bf16[32,16,128]{{2,1,0}} parameter(0)
+  %w.1 = bf16[128,128]{{1,0}} parameter(1)
+  %products.1 = {call}
+  ROOT %out = (s32[]) tuple(%x.1)
+}}
+
+%condition (c: (s32[])) -> pred[] {{
+  ROOT %less = pred[] constant(true)
+}}
+
+ENTRY %main (a: s32[]) -> s32[] {{
+  %a = s32[] parameter(0)
+  ROOT %loop = (s32[]) while(%a), condition=%condition, body=%body, \\
+backend_config={{"known_trip_count":{{"n":"6"}}}}
+}}
+"""
+    (kernel,) = bundles.kernels(hlo.parse(text.replace("\\\n", "")), CHIPS["TPU v5e"], "v5e:4x4")
+    assert kernel.times == 6
+
+
+@pytest.mark.slow
+def test_the_compiler_still_says_what_is_read():
+    pytest.importorskip("libtpu", reason="libtpu is not installed")
+    module = hlo.parse((DUMPS / "products.hlo").read_text())
+    (kernel,) = bundles.kernels(module, CHIPS["TPU v5e"], "v5e:4x4")
+    assert kernel.cells == 8 and kernel.rows == 8 * 4 * 16
+    assert 0.5 < kernel.bundles / program().total()[0] < 2

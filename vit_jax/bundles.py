@@ -1,0 +1,257 @@
+"""What a program's Pallas kernels cost on a TPU, by the machine code that the compiler writes.
+
+The compiler gives no estimate for a kernel, but it makes bundles of instructions of it, about one a
+cycle, and dumps them as text. A kernel is taken to last as long as the slowest of three: its
+bundles, the rows that its matrix units take in, and its traffic with the memory; what starting the
+cells of its grid costs comes on top. Waiting for a result or for a bank is in none of them.
+
+`plan` and benchmarks/tpu_static.py count with this module.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vit_jax import hlo
+from vit_jax.chips import Chip
+
+GRID_SECONDS = 0.35e-6
+"""For each cell of a grid, beyond its bundles (Pallas' documentation, TPU pipelining)."""
+
+PIPELINE_TRIPS = 2
+"""Of a grid's loop beyond its cells, which fetch the first operands and store the last results and
+skip the work between."""
+
+SUFFIX = "-final_bundles.txt"
+"""Of the files that are wanted."""
+
+DTYPES = {
+    **{"bf16": "bfloat16", "f16": "float16", "f32": "float32", "pred": "bool"},
+    **{"s8": "int8", "u8": "uint8", "s16": "int16", "s32": "int32", "u32": "uint32"},
+}
+"""HLO's names and NumPy's."""
+
+
+@dataclasses.dataclass(eq=False)
+class Loop:
+    """A loop's body as the compiler wrote it, or the whole program around all loops.
+
+    Attributes:
+      trips: None where the program does not say.
+      is_grid: whether it goes over the cells of a grid.
+      bundles: of one trip, without those of loops inside.
+      rows: cycles in which each matrix unit takes in rows on one trip, without loops inside: one
+        row a cycle, and two where the units are 256 wide.
+      inside: the loops inside.
+    """
+
+    trips: int | None = None
+    is_grid: bool = False
+    bundles: int = 0
+    rows: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    inside: list["Loop"] = dataclasses.field(default_factory=list)
+
+    @property
+    def cells(self) -> int | None:
+        """How often the body does its work."""
+        return max(self.trips - PIPELINE_TRIPS, 1) if self.trips and self.is_grid else self.trips
+
+    def total(self) -> tuple[int, int]:
+        """(bundles, cycles in which the busiest matrix unit takes in rows) of all its work."""
+        rows = max(self.rows.values(), default=0)
+        inside = [loop.total() for loop in self.inside]
+        bundles = self.bundles + sum(each[0] for each in inside)
+        times = self.cells or 1
+        return times * bundles, times * (rows + sum(each[1] for each in inside))
+
+
+def parse(text: str) -> Loop:
+    """A dump of final bundles as a `Loop`; what runs only if a predicate holds counts as if it did.
+
+    Raises:
+      ValueError: the text holds no bundles.
+    """
+    program = Loop()
+    around = [program]  # the loops that the current line is in
+    tests: dict[str, Loop] = {}  # what a loop's last jump looks at
+    ended = None  # a loop behind that jump, with a few bundles more
+    for line in text.splitlines():
+        found = re.match(r"\s*(?:0x)?[\da-f]+\s*([A-Z ]*?):\s*(>*)\s*\{(\}?)", line)
+        if not found:
+            continue
+        begins, depth = "LB" in found[1].split(), len(found[2])
+        if ended in around and not found[3]:  # empty bundles do not say how deep they are
+            at = around.index(ended)
+            if depth < at or begins:
+                del around[at:]
+        if begins:
+            around[-1].inside.append(Loop())
+            around.append(around[-1].inside[-1])
+        loop = around[-1]
+        loop.bundles += 1
+        loop.is_grid |= "/* iteration index, stage" in line
+        for operation, unit in re.findall(r"\bvmatmul([\w.]*)\.(mxu\d)", line):
+            rows = 16 if "bf16" in operation else 8  # that a register holds
+            loop.rows[unit] += rows // 2 if "mubr" in operation else rows
+        if test := re.search(r"(%p\w+) = scmp[^;]*, (\d+) /\* loop exit test", line):
+            loop.trips, tests[test[1]] = int(test[2]), loop
+        if jump := re.search(r"sbr\.rel \(!(%p\w+)\)", line):
+            ended = tests.get(jump[1], ended)
+    if not program.bundles and not program.inside:
+        raise ValueError("this is no dump of bundles: it has none.")
+    return program
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One kernel of a program and what one run of it takes on a chip, in cycles.
+
+    Attributes:
+      name: of the instruction, without its number.
+      cells: of its grid on one core; cores of one chip share a grid.
+      bundles: of all cells.
+      rows: cycles in which the busiest matrix unit takes in rows.
+      traffic: of its operands and results that lie in memory, at the chip's full bandwidth.
+      overhead: GRID_SECONDS for each cell, and the traffic of one cell, which nothing hides.
+      times: how often a run of the program runs it.
+      op_name: of the JAX operation.
+    """
+
+    name: str
+    cells: int
+    bundles: int
+    rows: int
+    traffic: int
+    overhead: int
+    times: float
+    op_name: str
+
+    @property
+    def cycles(self) -> int:
+        """Of one run."""
+        return max(self.bundles, self.rows, self.traffic) + self.overhead
+
+
+def kernels(module: hlo.Module, chip: Chip, topology: str) -> list[Kernel]:
+    """The Pallas kernels of a compiled program, each compiled once more, alone, for its bundles.
+
+    Args:
+      module: of `compiled.as_text()`.
+      chip: that it was compiled for.
+      topology: the same, as libtpu takes it, such as 'v5e:4x4'.
+
+    Raises:
+      RuntimeError: the compiler refused a kernel alone; the message is its own.
+    """
+    different: dict[str, hlo.Instruction] = {}  # what the compiler sees of it -> one of them
+    times: collections.Counter = collections.Counter()
+    for computation, instruction, runs, _ in module.visits():
+        if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
+            key = _key(module.defined[computation], instruction)
+            different.setdefault(key, (computation, instruction))
+            times[key] += runs
+    found = []
+    texts = _compile([json.loads(key) for key in different], topology)
+    for (key, (computation, instruction)), text in zip(different.items(), texts, strict=True):
+        program = parse(text)
+        cells = max((loop.cells or 1 for loop in program.inside if loop.is_grid), default=1)
+        bundles, rows = program.total()
+        traffic = _traffic(module.defined[computation], instruction, chip)
+        found.append(
+            Kernel(
+                name=re.sub(r"[.\d]+$", "", instruction.name),
+                cells=cells,
+                bundles=bundles,
+                rows=rows,
+                traffic=round(traffic),
+                overhead=round(cells * GRID_SECONDS * chip.clock + traffic / cells),
+                times=times[key],
+                op_name=instruction.op_name,
+            )
+        )
+    return found
+
+
+def _traffic(defined: dict[str, hlo.Instruction], call: hlo.Instruction, chip: Chip) -> float:
+    """Cycles that moving a call's arrays takes; what lies in the chip's own memory stays there."""
+    operands = [defined[name] for name in call.operands if name in defined]
+    arrays = [array for each in (call, *operands) for array in each.arrays]
+    size = sum(array.padded_bytes for array in arrays if not array.on_chip)
+    return size / (chip.hbm_bandwidth / chip.clock)
+
+
+def _key(defined: dict[str, hlo.Instruction], call: hlo.Instruction) -> str:
+    """All that makes a kernel's code, as JSON: configuration, operands and results."""
+    config = json.JSONDecoder().raw_decode(call.attributes.split("backend_config=", 1)[1])[0]
+    shapes = [[[a.dtype, a.sides] for a in defined[name].arrays] for name in call.operands]
+    kept = {name: config[name] for name in ("custom_call_config", "scoped_memory_configs")}
+    results = [[a.dtype, a.sides] for a in call.arrays]
+    operands = [shape for shapes in shapes for shape in shapes]
+    return json.dumps({"config": kept, "operands": operands, "results": results}, sort_keys=True)
+
+
+def _compile(calls: Sequence[Mapping], topology: str) -> list[str]:
+    """The dumps of kernels, compiled in a process of its own: libtpu reads its flags but once."""
+    if not calls:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {
+            "xla_jf_dump_to": folder,
+            "xla_jf_dump_llo_text": "true",
+            "xla_jf_dump_llo_pass_label_regex": "final_bundles",
+        }
+        flags = " ".join(f"--{name}={value}" for name, value in flags.items())
+        environment = os.environ | {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what comes from there leaves no dump
+        given = json.dumps({"calls": calls, "topology": topology, "folder": folder})
+        command = [sys.executable, "-m", "vit_jax.bundles"]
+        options = {"input": given, "env": environment, "capture_output": True, "text": True}
+        done = subprocess.run(command, check=False, **options)
+        if done.returncode:
+            reason = " ".join(done.stderr.strip().splitlines()[-1:])
+            raise RuntimeError(f"a kernel does not compile alone: {reason}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def _compile_here() -> None:
+    """What that process does: reads calls, compiles one after another, prints their dumps."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.layout import Format, Layout
+
+    from vit_jax.plan import topology
+
+    given = json.load(sys.stdin)
+    place = jax.sharding.SingleDeviceSharding(topology(given["topology"]).devices[0])
+
+    def shape(dtype, sides):  # row by row, as kernels want it, so that nothing is copied
+        form = Format(Layout(tuple(range(len(sides)))), place)
+        return jax.ShapeDtypeStruct(sides, jnp.dtype(DTYPES.get(dtype, dtype)), sharding=form)
+
+    texts = []
+    for call in given["calls"]:
+        results = [shape(*each) for each in call["results"]]
+        kernel = jax.ffi.ffi_call(
+            "tpu_custom_call",
+            [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in results],
+            custom_call_api_version=1,
+            legacy_backend_config=json.dumps(call["config"]),
+        )
+        places = [each.sharding for each in results]
+        operands = [shape(*each) for each in call["operands"]]
+        jax.jit(kernel, out_shardings=places).lower(*operands).compile()
+        (path,) = Path(given["folder"]).glob(f"*ffi_call*{SUFFIX}")
+        texts.append(path.read_text())
+        path.unlink()
+    print(json.dumps(texts))
+
+
+if __name__ == "__main__":
+    _compile_here()
