@@ -68,14 +68,17 @@ def test_what_cannot_be_transferred(data_dir, argument, words):
 @pytest.mark.parametrize("mode", ["full", "probe"])
 def test_from_scratch_the_same_model_trains_as_it_is_drawn(trained, data_dir, tmp_path, mode):
     where = f"name=digits,data_dir={data_dir},init_from={trained},augment=none,debug"
-    config = load_config(f"transfer:{where},mode={mode},pretrained=false,steps=1")
-    wanted = load_config(f"transfer:{where},mode={mode},steps=1")
+    config = load_config(f"transfer:{where},mode={mode},pretrained=false")
+    wanted = load_config(f"transfer:{where},mode={mode}")
     assert differences(wanted, config) == [f"init_from: {str(trained)!r} -> ''"]
+    config.seed = 1  # the weights began as those of seed 0
     run(config, tmp_path / "run")
     before, after = read_source(trained), read_source(tmp_path / "run")
     name = "backbone/blocks/0/attn/qkv/kernel"
     assert after.spec.backbone == before.spec.backbone
-    assert np.abs(after.params[name] - before.params[name]).mean() > 0.01  # a step moves it by less
+    assert (
+        np.abs(after.params[name] - before.params[name]).mean() > 0.01
+    )  # a few steps move it by less
 
 
 def accuracy(recipe, workdir, seed, *, half=""):
