@@ -1,8 +1,12 @@
 """Which slots of a batch each process brings, and where they then lie."""
 
+import importlib.util
+import itertools
+
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from vit_jax.data.feed import Feed
@@ -65,7 +69,7 @@ def test_a_process_brings_the_slots_of_its_devices(processes, slots):
     assert Feed((0, 2), 3).whole(10) == 12 and Feed((0, 2), 3).whole(9) == 9
 
 
-def test_what_is_brought_lies_where_its_slots_are(monkeypatch):
+def test_what_is_brought_lies_where_its_slots_are():
     """As on a torus: the devices of this process, which are all, in another order."""
     order = [3, 0, 7, 1, 5, 4, 2, 6]
     mesh = make_mesh(fsdp=2, tensor=2, devices=[jax.devices()[at] for at in order])
@@ -80,8 +84,33 @@ def test_what_is_brought_lies_where_its_slots_are(monkeypatch):
     mesh = make_mesh(devices=[jax.devices()[at] for at in order])
     (dealt,) = put_parts({"label": labels[make_feed(mesh).slots(32)]}, mesh).values()
     np.testing.assert_array_equal(dealt, labels.reshape(8, 4))
-    assert [shard.device for shard in dealt.addressable_shards] == [
-        jax.devices()[at] for at in range(8)
-    ] or {shard.index[0].start: shard.device for shard in dealt.addressable_shards} == dict(
-        enumerate(mesh.devices.ravel())
-    )
+    found = {shard.index[0].start: shard.device for shard in dealt.addressable_shards}
+    assert found == dict(enumerate(mesh.devices.ravel()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu (extra tpu) is not installed"
+)
+@pytest.mark.parametrize(
+    "name, num_slices, sizes, together",
+    [
+        ("v5e:4x4", 1, {}, 1),
+        ("v5e:4x4", 2, {"replica": 2, "fsdp": 4}, 1),
+        ("v5p:4x4x4", 1, {"data": 1, "fsdp": -1}, 1),
+        ("v5p:4x4x4", 1, {"fsdp": 2, "tensor": 2}, 1),
+        ("v5p:4x4x4", 1, {"tensor": 4}, 2),  # tensor goes over two hosts each
+    ],
+)
+def test_the_hosts_of_a_pod_bring_each_slot(monkeypatch, name, num_slices, sizes, together):
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    options = {"platform": "tpu", "topology_name": name, "num_slices": num_slices}
+    devices = topologies.get_topology_desc(**options).devices
+    mesh = make_mesh(**sizes, devices=devices)
+    hosts = sorted({device.process_index for device in devices})
+    assert len(hosts) == len(devices) // 4
+    slots = [make_feed(mesh, host).slots(256).tolist() for host in hosts]
+    assert {len(each) for each in slots} == {256 // len(hosts) * together}
+    assert sorted(itertools.chain(*slots)) == sorted([*range(256)] * together)
+    assert any(each != list(range(each[0], each[0] + len(each))) for each in slots)  # gaps
