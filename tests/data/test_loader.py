@@ -336,7 +336,7 @@ def test_an_unread_loader_can_be_closed():
             "batch_size=10 must be a multiple of the 4 .*try 8",
         ),
         ({"batch_size": 0}, "batch_size=0 must be"),
-        ({"num_workers": -1}, "num_workers=-1 must be 0 or more"),
+        ({"num_workers": -2}, "num_workers=-2 must be -1 or more"),
         ({"num_threads": -1}, "num_threads=-1 must be 0 or more"),
         ({"prefetch": 0}, "prefetch=0 must be 1 or more"),
         ({"records": []}, "no examples"),
