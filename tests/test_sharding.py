@@ -1,3 +1,5 @@
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -5,6 +7,7 @@ from jax.sharding import PartitionSpec
 
 from vit_jax.sharding import (
     check_batch_size,
+    config_sizes,
     layout,
     make_mesh,
     pad_batch,
@@ -12,12 +15,13 @@ from vit_jax.sharding import (
     place_tree,
     put_batch,
     replicated,
+    split_fsdp,
 )
 
 
 def test_a_mesh_takes_all_devices_by_default():
     assert make_mesh().shape["data"] == jax.device_count() == make_mesh(data=8).shape["data"] == 8
-    assert make_mesh().axis_names == ("replica", "data", "fsdp", "tensor")
+    assert make_mesh().axis_names == ("replica", "data", "fsdp", "fsdp_z", "tensor")
     assert make_mesh(devices=jax.devices()[:2]).shape["data"] == 2
 
 
@@ -31,7 +35,24 @@ def test_a_mesh_takes_all_devices_by_default():
     ],
 )
 def test_one_size_of_a_mesh_may_be_left_open(sizes, shape):
-    assert tuple(make_mesh(**sizes).shape.values()) == shape
+    assert tuple(config_sizes(make_mesh(**sizes)).values()) == shape
+
+
+@pytest.mark.parametrize(
+    "sides, fsdp, parts",
+    [
+        ((4, 4, 4), 64, (16, 4)),
+        ((4, 4, 4), 16, (16, 1)),
+        ((8, 4, 4), 64, (32, 2)),
+        ((16, 16, 16), 4096, (256, 16)),
+        ((4, 4, 4), 24, (24, 1)),  # no whole planes
+        ((16, 16, 1), 256, (256, 1)),
+        ((), 8, (8, 1)),
+    ],
+)
+def test_fsdp_over_three_sides_of_a_torus_has_two_axes(sides, fsdp, parts):
+    devices = [types.SimpleNamespace(coords=place) for place in np.ndindex(sides)]
+    assert split_fsdp(fsdp, devices if sides else jax.devices()) == parts
 
 
 class Chip:
@@ -46,7 +67,7 @@ class Chip:
 def test_replicas_are_the_slices():
     chips = [Chip(number, number % 2) for number in range(8)]
     mesh = make_mesh(replica=2, data=2, fsdp=2, devices=chips)
-    assert mesh.devices.shape == (2, 2, 2, 1)
+    assert mesh.devices.shape == (2, 2, 2, 1, 1)
     for index in range(2):
         assert {chip.slice_index for chip in mesh.devices[index].flat} == {index}
     with pytest.raises(ValueError, match=r"replica=1 .* multiple of the 2 slices .* replica=2"):

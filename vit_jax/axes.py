@@ -2,16 +2,20 @@
 
 A model says what an axis is: 'batch', 'heads' (attention's), 'hidden' (an MLP's channels), 'dim'
 (the residual stream's), 'draws' (random numbers that every device is to draw for itself), or None
-for one that may lie anyhow. What becomes of that is said outside, within `splitting`; elsewhere the
-names do nothing.
+for one that may lie anyhow. It also says where it starts to use its parameters. What becomes of
+that is said outside, within `splitting`; elsewhere the names do nothing.
 """
 
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from vit_jax.tree import map_named
 
 
 class Splitting(Protocol):
@@ -22,6 +26,9 @@ class Splitting(Protocol):
 
     def split(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """x, its axes split by their names."""
+
+    def gather(self, name: str, x: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """A parameter, no longer split as it is between steps; only one that was is of `dtype`."""
 
 
 _splitting: contextvars.ContextVar[Splitting | None] = contextvars.ContextVar(
@@ -49,3 +56,17 @@ def num_parts(axis: str) -> int:
     """Into how many parts an axis will be split; 1 unless somebody splits it."""
     how = _splitting.get()
     return 1 if how is None else how.num_parts(axis)
+
+
+def gathered(params: Any, prefix: str, dtype: DTypeLike = jnp.float32) -> Any:
+    """Parameters as products want them, no longer split to save memory; gradients go back.
+
+    Args:
+      params: a tree of arrays.
+      prefix: of their names, such as 'blocks/0/'.
+      dtype: of the products, in which matrices travel.
+    """
+    how = _splitting.get()
+    if how is None:
+        return params
+    return map_named(lambda name, x: how.gather(prefix + name, x, dtype), params)

@@ -19,7 +19,7 @@ from jax.experimental import topologies
 
 from vit_jax import hlo
 from vit_jax.chips import CHIPS, Chip, devices_per_chip
-from vit_jax.sharding import batch_sharding, num_batch_parts
+from vit_jax.sharding import FSDP_AXES, batch_sharding, num_batch_parts
 from vit_jax.train import Parts, TrainState, make_step
 
 # What stands in front of the colon of a topology, with a form that libtpu takes.
@@ -314,12 +314,13 @@ def ring_bound(state: TrainState, mesh: Any, items: Mapping[str, float]) -> dict
       items: bytes of a number on the wire, by kind.
     """
     sums: dict[str, float] = collections.defaultdict(float)
-    fsdp, parts = mesh.shape["fsdp"], num_batch_parts(mesh)
+    parts = num_batch_parts(mesh)
     for leaf in jax.tree.leaves(state.params):
         numbers = math.prod(leaf.shape)
         axes = [axis for dim in leaf.sharding.spec for axis in np.ravel(dim or ())]
         numbers //= mesh.shape["tensor"] if "tensor" in axes else 1
-        if "fsdp" not in axes:
+        fsdp = math.prod(mesh.shape[axis] for axis in FSDP_AXES if axis in axes)
+        if fsdp == 1:
             sums["all-reduce"] += hlo.wire_bytes("all-reduce", numbers, parts)
             continue
         sums["all-gather"] += 2 * hlo.wire_bytes("all-gather", numbers, fsdp)

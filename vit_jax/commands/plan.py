@@ -108,7 +108,7 @@ class _Planner:
             "num_slices": len(set(self.target.slices)),
             "num_chips": self.target.num_chips,
         }
-        return head | result | {"mesh": dict(mesh.shape), **steps}
+        return head | result | {"mesh": sharding.config_sizes(mesh), **steps}
 
 
 def _dataset(config: ConfigDict) -> Any:
