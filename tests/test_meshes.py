@@ -106,7 +106,7 @@ def test_every_mesh_gives_the_losses_of_one_device(data_dir, sizes, leaves):
 def test_fsdp_over_three_sides_of_a_torus_gives_the_same_losses(data_dir, scan):
     """Matrices are split both ways, and gathered and scattered one way after the other."""
     mesh = torus_mesh()
-    parts, state = parts_and_state(data_dir, mesh, model__scan=scan)
+    _, state = parts_and_state(data_dir, mesh, model__scan=scan)
     kernel = state.params["backbone"]["blocks"]
     kernel = (kernel if scan else kernel[0])["mlp"]["fc1"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape)[-2:] == (32 // 4, 64 // 2)

@@ -1,11 +1,17 @@
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vit_jax import hlo
+from vit_jax.axes import gathered, splitting
 from vit_jax.sharding import (
+    AXES,
+    Splitting,
+    batch_sharding,
     check_batch_size,
     config_sizes,
     layout,
@@ -44,13 +50,15 @@ def test_one_size_of_a_mesh_may_be_left_open(sizes, shape):
         ((4, 4, 4), 64, (16, 4)),
         ((4, 4, 4), 16, (16, 1)),
         ((8, 4, 4), 64, (32, 2)),
-        ((16, 16, 16), 4096, (256, 16)),
-        ((4, 4, 4), 24, (24, 1)),  # no whole planes
-        ((16, 16, 1), 256, (256, 1)),
+        ((16, 16, 16), 4096, (16, 256)),  # a plane's parts would be less than a tile
+        ((16, 16, 16), 16, (16, 1)),
+        ((4, 4, 4), 24, (4, 6)),  # no whole planes
+        ((4, 4, 4), 27, (27, 1)),
+        ((16, 16, 1), 256, (16, 16)),
         ((), 8, (8, 1)),
     ],
 )
-def test_fsdp_over_three_sides_of_a_torus_has_two_axes(sides, fsdp, parts):
+def test_a_large_fsdp_over_a_torus_has_two_axes(sides, fsdp, parts):
     devices = [types.SimpleNamespace(coords=place) for place in np.ndindex(sides)]
     assert split_fsdp(fsdp, devices if sides else jax.devices()) == parts
 
@@ -160,3 +168,40 @@ def test_what_the_devices_do_not_divide_is_padded(size, padded):
     np.testing.assert_array_equal(out["image"][:size], batch["image"])
     assert not out["image"][size:].any()
     assert size < padded or out["image"] is batch["image"]  # the usual case copies nothing
+
+
+def test_a_parameter_is_gathered_and_its_gradient_scattered_on_every_axis():
+    shape = (1, 1, 4, 2, 1)
+    devices = np.array(jax.devices()).reshape(shape)
+    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    name = "blocks/0/mlp/fc1/kernel"
+    spec = place(name, (8, 16), mesh).spec
+    assert spec == PartitionSpec("fsdp", "fsdp_z")
+    rng = np.random.default_rng(0)
+    kernel = jax.device_put(rng.normal(size=(8, 16)).astype("f"), NamedSharding(mesh, spec))
+    x = jax.device_put(rng.normal(size=(32, 8)).astype("f"), batch_sharding(mesh))
+
+    def loss(kernel, x):
+        with splitting(Splitting(mesh)):
+            whole = gathered({"kernel": kernel}, "blocks/0/mlp/fc1/", jnp.bfloat16)["kernel"]
+        assert whole.dtype == jnp.bfloat16
+        return jnp.square(x.astype(jnp.bfloat16) @ whole).astype(jnp.float32).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(kernel, x).compile()
+    grad = compiled(kernel, x)
+    assert grad.sharding.is_equivalent_to(kernel.sharding, 2) and grad.dtype == np.float32
+    plain = 2 * np.asarray(x).T @ (np.asarray(x) @ np.asarray(kernel))
+    np.testing.assert_allclose(grad, plain, rtol=0.05, atol=1)
+    groups = {
+        len(each.groups[0])
+        for each in hlo.collectives(hlo.parse(compiled.as_text()), 8)
+        if each.kind == "all-gather"
+    }
+    assert groups == {2, 4}  # never all eight at once
+
+
+def test_what_lies_whole_is_not_touched():
+    x = jnp.ones(8)
+    with splitting(Splitting(make_mesh(fsdp=8))):
+        assert gathered(x, "blocks/0/norm1/scale", jnp.bfloat16) is x
+    assert gathered(x, "blocks/0/mlp/fc1/kernel", jnp.bfloat16) is x

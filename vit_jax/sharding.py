@@ -4,9 +4,10 @@ A config's mesh has four axes. The batch is split over `replica`, `data` and `fs
 optimiser state and averages over `fsdp` (ZeRO-3, Rajbhandari et al. 2020, section 5.3) and `tensor`
 (Shoeybi et al. 2019, section 3), by the table PLACEMENTS. Models know nothing of it.
 
-Of an `fsdp` that goes over all three sides of a torus the third is an axis of its own, `fsdp_z`:
-the TPU compiler gathers over a line or a plane, but over the whole torus it sums zeros and parts,
-which sends twice the bytes. So parameters are gathered along one axis after the other.
+A large `fsdp` over the chips of a torus is two axes, the second of them `fsdp_z`. Over a line or a
+plane the TPU compiler gathers and scatters; over all three sides, or where a part would be less
+than a tile, it sums whole matrices, which sends twice the bytes. So parameters are gathered along
+one axis after the other, most of their bytes along the first.
 """
 
 import functools
@@ -28,6 +29,7 @@ CONFIG_AXES = ("replica", "data", "fsdp", "tensor")
 BATCH_AXES = AXES[:4]
 FSDP_AXES = ("fsdp", "fsdp_z")
 HOST_MEMORY = "pinned_host"
+MAX_FSDP = 64  # parts of 1,024 rows that are still 16 rows, a tile of bfloat16
 
 # The first row whose regex is found in an array's name says for its last dimensions which mesh
 # axes each is split over. Products that are split by columns come before those split by rows, so
@@ -104,7 +106,7 @@ def make_mesh(
 
 
 def split_fsdp(fsdp: int, devices: Sequence[Any]) -> tuple[int, int]:
-    """The sizes of `fsdp` and `fsdp_z`: the first over at most two sides of the devices' torus.
+    """The sizes of `fsdp` and `fsdp_z`: the first over one or two sides of the devices' torus.
 
     Args:
       fsdp: their product.
@@ -112,10 +114,11 @@ def split_fsdp(fsdp: int, devices: Sequence[Any]) -> tuple[int, int]:
     """
     coordinates = [getattr(device, "coords", ()) for device in devices]
     sides = sorted(len(set(side)) for side in zip(*coordinates, strict=True))
-    plane = math.prod(sides[-2:])
-    if len(sides) < 3 or sides[0] == 1 or fsdp <= plane or fsdp % plane:
+    choices = [math.prod(sides[-2:]), *sides[-1:]]  # a plane, a line
+    if fsdp <= min(choices[0], MAX_FSDP) or not sides:
         return fsdp, 1
-    return plane, fsdp // plane
+    first = next((size for size in choices if size <= MAX_FSDP and fsdp % size == 0), fsdp)
+    return first, fsdp // first
 
 
 def config_sizes(mesh: Mesh) -> dict[str, int]:
