@@ -346,6 +346,26 @@ def test_other_numbers_than_were_saved_are_noticed(tmp_path, monkeypatch):
             checkpoints.restore(1, {"w": jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=place)})
 
 
+@pytest.mark.parametrize(
+    ("sums", "words"),
+    [(None, "its meta data holds no checksums"), ({"v": 1}, "w is not what was saved")],
+)
+def test_a_checkpoint_without_checksums_is_told_in_one_line(tmp_path, sums, words):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": jnp.ones((4, 4))}, {})
+        checkpoints.wait()
+    (path,) = (tmp_path / "checkpoints" / "1" / "meta").glob("*metadata*")
+    meta = json.loads(path.read_text())
+    del meta["checksums"]
+    path.write_text(json.dumps(meta | ({"checksums": sums} if sums else {})))
+    wanted = {"w": jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=place)}
+    damaged = pytest.raises(OSError, match=rf"1 is damaged \({words}\); there is no older")
+    with opened(tmp_path) as checkpoints, damaged as error:
+        checkpoints.restore(1, wanted)
+    assert "\n" not in str(error.value)
+
+
 def test_a_lost_file_is_told_in_one_line(data_dir, tmp_path):
     config = short(data_dir, save_every=3)
     run(config, tmp_path / "run")

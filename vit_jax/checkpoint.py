@@ -115,9 +115,11 @@ class Checkpoints:
             state = ocp.args.PyTreeRestore(names, restore_args=how)
             arguments = {"state": state, "meta": ocp.args.JsonRestore()}
             restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
-            leaves, expected = _flat(restored.state), restored.meta["checksums"]
+            leaves, expected = _flat(restored.state), restored.meta.get("checksums")
+            if expected is None:
+                raise OSError("its meta data holds no checksums")
             for name, value in checksums(leaves).items():
-                if value != expected[name]:
+                if value != expected.get(name):
                     raise OSError(f"{name} is not what was saved")
         arrays = stack(leaves, wanted)
         return jax.tree.unflatten(jax.tree.structure(abstract), arrays.values()), restored.meta
