@@ -7,7 +7,7 @@ modes from the weights, from scratch, and a probe of the same backbone as it is 
 same model, steps and images. With an archive of CIFAR-10 (train/<class>/, test/<class>/) the same
 for its classes by name.
 
-An arm's learning rate is the best of four on the last fifth of the training split, trained on the
+An arm's learning rate is the best of three on the last fifth of the training split, trained on the
 rest, with the first seed. Then each seed pretrains, and trains on the whole split; printed are the
 mean and the standard deviation of accuracies on the test split. The last line is JSON. A finished
 run in --out is not run again, an interrupted one goes on.
@@ -36,7 +36,7 @@ ARMS = {
     "probe": "mode=probe",
     "random probe": "mode=probe,pretrained=false",
 }
-RATES = {"backbone": (1e-3, 3e-3, 1e-2, 3e-2), "probe": (1e-2, 3e-2, 1e-1, 3e-1)}
+RATES = {"backbone": (1e-3, 3e-3, 1e-2), "probe": (3e-2, 1e-1, 3e-1)}
 
 
 class Task(NamedTuple):
@@ -131,12 +131,11 @@ def finished(workdir):
 
 def measure(task, folder):
     """{arm: {'rate', 'accuracies'}}, 'pretraining' among them, and the seconds of all runs."""
-    seconds = 0.0
+    seconds = {}
 
     def run(name, config, *flags):
-        nonlocal seconds
-        score, took = train(folder / "runs" / name, f"{config},data_dir={folder}/data", *flags)
-        seconds += took
+        config = f"{config},data_dir={folder}/data"
+        score, seconds[name] = train(folder / "runs" / name, config, *flags)
         return score
 
     def pretrain(seed):
@@ -153,13 +152,17 @@ def measure(task, folder):
         parts = "--config.data.split=train[:80%]", "--config.evals.test.split=train[80%:]"
         return transfer(f"{arm}-{rate}", arm, rate, SEEDS[0], *parts, weights=SEEDS[0])
 
-    found = {"pretraining": {"rate": None, "accuracies": [pretrain(seed) for seed in SEEDS]}}
-    for arm in ARMS:
+    def best_rate(arm):
         rates = RATES["probe" if "probe" in arm else "backbone"]
-        rate = max(rates, key=lambda rate: held_out(arm, rate))
+        return max(rates, key=lambda rate: held_out(arm, rate))
+
+    pretrain(SEEDS[0])
+    rates = {arm: best_rate(arm) for arm in ARMS}
+    found = {"pretraining": {"rate": None, "accuracies": [pretrain(seed) for seed in SEEDS]}}
+    for arm, rate in rates.items():
         scores = [transfer(f"{arm}-test-{x}", arm, rate, x, weights=x) for x in SEEDS]
         found[arm] = {"rate": rate, "accuracies": scores}
-    return found, seconds
+    return found, sum(seconds.values())
 
 
 def main():

@@ -57,12 +57,13 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg.debug:
         arg.update({"batch_size": 8, "steps": 4, "variant": "Ti/8"})
         arg.size = arg.size or (0 if arg.init_from else 16)
+    size = (arg.size, arg.size) if arg.size else None
     weights = {"model": {"variant": arg.variant, "pos_embed": "sincos2d"}, "pool": "gap"}
     if arg.init_from:
-        weights = weights_config(arg.init_from)
+        weights = weights_config(arg.init_from, image_size=size)
     elif arg.debug:
         weights["model"] |= {"dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64}
-    size = (arg.size, arg.size) if arg.size else weights["model"].get("image_size", (224, 224))
+    size = size or weights["model"].get("image_size", (224, 224))
     train_split, arg.eval_split, num_examples = train_and_eval_splits(
         arg.name, data_dir=arg.data_dir, eval_split=arg.eval_split
     )

@@ -347,23 +347,25 @@ def test_other_numbers_than_were_saved_are_noticed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sums", "words"),
-    [(None, "its meta data holds no checksums"), ({"v": 1}, "w is not what was saved")],
+    ("meta", "error", "words"),
+    [
+        ({}, OSError, "1 is damaged .its meta data holds no checksums.; there is no older one"),
+        ({"checksums": {"v": 1}}, OSError, "1 is damaged .w is not what was saved."),
+        ({"format": 99}, ValueError, "1 was written by a newer vit_jax .format 99, .* pip install"),
+    ],
 )
-def test_a_checkpoint_without_checksums_is_told_in_one_line(tmp_path, sums, words):
+def test_other_meta_data_are_told_in_one_line(tmp_path, meta, error, words):
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, {"w": jnp.ones((4, 4))}, {})
         checkpoints.wait()
+        assert checkpoints.meta(1).keys() == {"format", "checksums"}
     (path,) = (tmp_path / "checkpoints" / "1" / "meta").glob("*metadata*")
-    meta = json.loads(path.read_text())
-    del meta["checksums"]
-    path.write_text(json.dumps(meta | ({"checksums": sums} if sums else {})))
+    path.write_text(json.dumps(meta))
     wanted = {"w": jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=place)}
-    damaged = pytest.raises(OSError, match=rf"1 is damaged \({words}\); there is no older")
-    with opened(tmp_path) as checkpoints, damaged as error:
+    with opened(tmp_path) as checkpoints, pytest.raises(error, match=words) as raised:
         checkpoints.restore(1, wanted)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_lost_file_is_told_in_one_line(data_dir, tmp_path):

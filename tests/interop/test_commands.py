@@ -175,9 +175,12 @@ def test_what_no_file_tells_is_told_by_flags(tmp_path, capsys):
     there = tmp_path / "own.npz"
     flags = f"--model={tmp_path}/own.safetensors", "--format=npz", f"--out={there}"
     assert vit("export", *flags) == 0
+    printed = capsys.readouterr().out
+    assert "left out: normalisation by mean 0.4 0.5 0.6, std 0.2 0.25 0.3; readers take" in printed
+    assert "left out: class names" in printed and "resized" not in printed
     for command in (["inspect", there], ["predict", f"--model={there}", tmp_path / "a.png"]):
         (tmp_path / "a.png").write_bytes(encode(noise(16, 8), "PNG"))
-        assert vit(*command) == 1 and "by --image_size" in capsys.readouterr().err
+        assert vit(*command) == 1 and "as image_size" in capsys.readouterr().err
         assert vit(*command, "--image_size=16x8") == 0
     out = tmp_path / "large.safetensors"
     assert vit("export", *flags[:1], "--format=safetensors", "--image_size=32", f"--out={out}") == 0

@@ -210,7 +210,7 @@ def _place(params, options, known, bare) -> tuple[Params, dict[str, Any], list[s
         return params | {"backbone/pos_embed": table}, places, notes
     raise ValueError(
         f"the position table of {len(table)} rows is no square grid with {prefix} prefix tokens; "
-        "tell the image's height and width by --image_size."
+        "tell the image's height and width as image_size."
     )
 
 
