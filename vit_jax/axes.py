@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from vit_jax.tree import map_named
-
 
 class Splitting(Protocol):
     """How named axes are split over devices."""
@@ -27,8 +25,8 @@ class Splitting(Protocol):
     def split(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """x, its axes split by their names."""
 
-    def gather(self, name: str, x: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """A parameter, no longer split as it is between steps; only one that was is of `dtype`."""
+    def gather(self, params: Any, prefix: str, dtype: DTypeLike) -> Any:
+        """Parameters, no longer split as between steps; only those that were are of `dtype`."""
 
 
 _splitting: contextvars.ContextVar[Splitting | None] = contextvars.ContextVar(
@@ -67,6 +65,4 @@ def gathered(params: Any, prefix: str, dtype: DTypeLike = jnp.float32) -> Any:
       dtype: of the products, in which matrices travel.
     """
     how = _splitting.get()
-    if how is None:
-        return params
-    return map_named(lambda name, x: how.gather(prefix + name, x, dtype), params)
+    return params if how is None else how.gather(params, prefix, dtype)

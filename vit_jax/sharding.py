@@ -280,8 +280,11 @@ class Splitting:
                 dims[dim] = ACTIVATIONS[axis] or None
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*dims)))
 
-    def gather(self, name: str, x: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """The parameter `name` as products want it, see `axes.gathered`."""
+    def gather(self, params: Any, prefix: str, dtype: DTypeLike) -> Any:
+        """Parameters as products want them, see `axes.gathered`."""
+        return map_named(lambda name, x: self._gather(prefix + name, x, dtype), params)
+
+    def _gather(self, name, x, dtype):
         dims = [np.ravel(dim or ()).tolist() for dim in place(name, x.shape, self.mesh).spec]
         steps = [PartitionSpec(*map(tuple, dims))]
         for axis in reversed(FSDP_AXES):  # one after the other, the last to be split the first
