@@ -25,6 +25,7 @@ import numpy as np
 import simplejpeg
 from sklearn.datasets import load_sample_images
 
+from vit_jax.data import jpeg
 from vit_jax.data.augment import make_augmentation
 from vit_jax.data.loader import Loader
 from vit_jax.data.order import global_order
@@ -43,13 +44,18 @@ def main() -> None:
     core = min(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {core})
     files = photographs(args.num_files)
-    contestants = {"loader": loader_batches, "bare": bare_batches}
+    tiles = [jpeg.tiled(data) for data in files]
+    contestants = {
+        "loader": functools.partial(loader_batches, files),
+        "loader, tiles": functools.partial(loader_batches, tiles),
+        "bare": functools.partial(bare_batches, files),
+    }
     if args.vs:
-        contestants["tf.data"] = tf_batches
+        contestants["tf.data"] = functools.partial(tf_batches, files)
     rates = {name: [] for name in contestants}
     for _ in range(args.repeats):
         for name, batches in contestants.items():
-            rates[name].append(rate(batches, files, args.seconds))
+            rates[name].append(rate(batches, args.seconds))
 
     median = {name: statistics.median(each) for name, each in rates.items()}
     result = {
@@ -70,16 +76,14 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def rate(
-    batches: Callable[[list[bytes]], Iterator[int]], files: list[bytes], seconds: float
-) -> float:
-    """Images a second after the first batch; `batches` yields the size of each as it is ready."""
-    running = batches(files)
+def rate(batches: Callable[[], Iterator[int]], seconds: float) -> float:
+    """Images a second of CPU time after the first batch; `batches` yields each one's size."""
+    running = batches()
     next(running)
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
+    start, count = time.process_time(), 0
+    while time.process_time() - start < seconds:
         count += next(running)
-    elapsed = time.perf_counter() - start
+    elapsed = time.process_time() - start
     running.close()
     return count / elapsed
 

@@ -353,7 +353,7 @@ KILLED = """
 import sys, time
 from vit_jax.data import prepare
 take = prepare._take
-prepare._take = lambda item: (time.sleep(0.002), take(item))[1]
+prepare._take = lambda store, item: (time.sleep(0.002), take(store, item))[1]
 print("ready", flush=True)
 prepare.prepare_folder(sys.argv[1], name="mine", data_dir=sys.argv[2], progress=False)
 """

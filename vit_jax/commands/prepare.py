@@ -14,7 +14,8 @@ USAGE = """vit-jax prepare: makes a dataset that `vit-jax train` and stock TFDS 
   vit-jax prepare digits                        scikit-learn's digits: nothing is downloaded
   vit-jax prepare folder PATH --name=NAME       images in PATH/<class>/ or PATH/<split>/<class>/
   vit-jax prepare tfds NAME[/CONFIG][:VERSION]  an official TFDS dataset (needs the extra `tfds`)
-  vit-jax prepare convert PATH [--name=NAME]    a TFDS folder of TFRecord files, to ArrayRecord
+  vit-jax prepare convert PATH [--name=NAME]    a TFDS folder of TFRecord files, to ArrayRecord;
+                                                of ArrayRecord files, to another --store
 
 `vit-jax prepare folder --help` lists the flags of that one."""
 
@@ -58,6 +59,7 @@ def _folder(argv: list[str]) -> Prepared:
     def define(values: flags.FlagValues) -> None:
         _define_common(values)
         _define_strict(values)
+        _define_store(values)
         flags.DEFINE_string("name", "", "What to call it (required).", flag_values=values)
         flags.DEFINE_float(
             "holdout",
@@ -88,6 +90,8 @@ def _folder(argv: list[str]) -> Prepared:
         shuffle_labels=values.shuffle_labels,
         strict=values.strict,
         overwrite=values.overwrite,
+        store=values.store,
+        store_size=values.store_size,
     )
 
 
@@ -110,6 +114,7 @@ def _convert(argv: list[str]) -> Prepared:
     def define(values: flags.FlagValues) -> None:
         _define_common(values)
         _define_strict(values)
+        _define_store(values)
         flags.DEFINE_string(
             "name", "", "What to call the copy, if not the same.", flag_values=values
         )
@@ -122,6 +127,8 @@ def _convert(argv: list[str]) -> Prepared:
         data_dir=values.data_dir,
         strict=values.strict,
         overwrite=values.overwrite,
+        store=values.store,
+        store_size=values.store_size,
     )
 
 
@@ -144,6 +151,22 @@ def _define_common(values: flags.FlagValues) -> None:
 
 def _define_strict(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("strict", False, "Fail if any image is unreadable.", flag_values=values)
+
+
+def _define_store(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "store",
+        "jpeg",
+        "How images are kept: jpeg (as they came), tiled (JPEGs of which crops can be decoded), "
+        "resized (smaller ones, see --store_size) or raw (pixels: much disk, no decoding).",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "store_size",
+        0,
+        "The shorter side in pixels that larger images are reduced to, of resized and raw.",
+        flag_values=values,
+    )
 
 
 def _want(positional: list[str], kind: str, *names: str) -> list[str]:
@@ -172,6 +195,9 @@ def _print_summary(prepared: Prepared) -> None:
     _print_rejected(prepared.rejected)
     for note in prepared.notes:
         print(f"note: {note}")
+    if prepared.store != "jpeg":
+        form = "not read by TFDS" if prepared.store == "raw" else "JPEGs with tiles"
+        print(f"store: {prepared.store} ({form})")
     print(f"written to {prepared.path}")
     if "train" in prepared.class_counts:
         arguments = [] if name == "digits" else [f"name={name}"]

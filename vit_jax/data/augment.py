@@ -65,8 +65,9 @@ def inception_crop_flip(
 
     The crop covers `min_scale` to `max_scale` of the image's area, and its width over height is
     `min_ratio` to `max_ratio` (log-uniform) times that of `size` (height, width). Where ten tries
-    find none that fits, it is the largest central one of an allowed shape. Of a JPEG only the scale
-    that the crop needs is decoded, and the rest of the way, a factor below two, is bilinear.
+    find none that fits, it is the largest central one of an allowed shape. Of a JPEG little more
+    than the crop is decoded, at the scale that it needs, and the rest of the way, a factor below
+    two, is bilinear.
     """
     _check(
         0 < min_scale <= max_scale <= 1,
@@ -80,7 +81,10 @@ def inception_crop_flip(
     square = size[1] / size[0]
     ratios = (min_ratio * square, max_ratio * square)
     crop = _random_crop(shape, rng, (min_scale, max_scale), ratios)
-    image = _decode_crop(record["image"], shape, crop, size)
+    image = decode.decode_window(record["image"], crop, min_size=size)
+    # Two times too large is left only of a large PNG: then bilinear alone would skip pixels.
+    antialias = image.shape[0] >= 2 * size[0] and image.shape[1] >= 2 * size[1]
+    image = decode.resize(image, size, antialias=antialias)
     return {"image": _flip_half(image, rng) if flip else image}
 
 
@@ -209,28 +213,6 @@ def _random_crop(
     height = max(1, min(image_height, _round(image_width / ratios[0])))
     width = max(1, min(image_width, _round(image_height * ratios[1])))
     return (image_height - height) // 2, (image_width - width) // 2, height, width
-
-
-def _decode_crop(
-    data: bytes, shape: Size, crop: tuple[int, int, int, int], size: Size
-) -> np.ndarray:
-    """The crop, resized to `size`, from the smallest DCT scale at which it is not below `size`."""
-    top, left, height, width = crop
-    needed = -(-shape[0] * size[0] // height), -(-shape[1] * size[1] // width)
-    image = decode.decode(data, min_size=needed)
-    # Where the scale is not 1 the crop's borders move to whole pixels of the smaller image.
-    top, height = _scaled(top, height, image.shape[0], shape[0])
-    left, width = _scaled(left, width, image.shape[1], shape[1])
-    image = image[top : top + height, left : left + width]
-    # Two times too large is left only of a large PNG: then bilinear alone would skip pixels.
-    antialias = height >= 2 * size[0] and width >= 2 * size[1]
-    return decode.resize(image, size, antialias=antialias)
-
-
-def _scaled(start: int, length: int, new_side: int, old_side: int) -> tuple[int, int]:
-    """A stretch of `old_side` pixels, as a stretch of `new_side` pixels."""
-    new_length = max(1, _round(length * new_side / old_side))
-    return min(_round(start * new_side / old_side), new_side - new_length), new_length
 
 
 def _decode_reduced(data: bytes, size: Size) -> np.ndarray:

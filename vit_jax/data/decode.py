@@ -6,6 +6,7 @@ turns such images once, on disk.
 """
 
 import io
+import math
 import struct
 import zlib
 
@@ -13,6 +14,8 @@ import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
+
+from vit_jax.data import jpeg
 
 MAX_PIXELS = 89_478_485
 """The largest image that is decoded (Pillow's limit). Larger ones are refused by their header."""
@@ -25,6 +28,7 @@ BACKGROUND = (255, 255, 255)
 
 # Damage that leaves every pixel in its place: common on the web, and taken by every reader.
 _HARMLESS = ("extraneous bytes before marker 0xd9", "unknown JFIF revision number")
+_LEFT_OVER = "extraneous bytes before marker 0x"  # behind the last row of a JPEG that ends early
 
 # What Pillow's readers raise on bytes that somebody cut, flipped or made up.
 _PILLOW_ERRORS = (
@@ -51,8 +55,10 @@ class DecodeError(ValueError):
     """The bytes are no whole image of a kind that is read; the message says why, in one line."""
 
 
-def image_shape(data: bytes) -> tuple[int, int]:
+def image_shape(data: bytes | np.ndarray) -> tuple[int, int]:
     """Height and width in pixels, from the header alone; DecodeError if unreadable or too large."""
+    if isinstance(data, np.ndarray):
+        return data.shape[:2]
     shape = _turbo_shape(data)
     if shape is None:
         with _open(data) as image:
@@ -60,7 +66,7 @@ def image_shape(data: bytes) -> tuple[int, int]:
     return shape
 
 
-def decode(data: bytes, *, min_size: tuple[int, int] | None = None) -> np.ndarray:
+def decode(data: bytes | np.ndarray, *, min_size: tuple[int, int] | None = None) -> np.ndarray:
     """Decodes to uint8 [height, width, 3] RGB.
 
     With `min_size` (height, width) a JPEG is decoded at 1/2, 1/4 or 1/8 of its size (rounded up) as
@@ -68,24 +74,72 @@ def decode(data: bytes, *, min_size: tuple[int, int] | None = None) -> np.ndarra
     three channels, CMYK is converted without a profile, of 16 bits the upper 8 are kept,
     transparent pixels are laid over `BACKGROUND`, and of an animation the first frame is taken.
 
+    What is decoded already, an array, stays as it is.
+
     Raises DecodeError for what is truncated, damaged, larger than MAX_PIXELS, or no image.
     """
+    if isinstance(data, np.ndarray):
+        return data
     shape = _turbo_shape(data)
     if shape is None:
         return _decode_pillow(data)
+    return _decode_turbo(data, shape, scale_factor(shape, min_size) if min_size else 1)
+
+
+def decode_window(
+    data: bytes | np.ndarray, window: jpeg.Window, *, min_size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Decodes a window (top, left, height, width) and, as far as the format lets one, no more.
+
+    With `min_size` a JPEG is decoded at 1/2, 1/4 or 1/8 as long as the window's sides stay at least
+    that; then its borders move to whole pixels of the smaller image. The pixels are those that
+    `decode` gives of the whole image at that scale. Of a JPEG nothing below the window is decoded
+    (and damage there is not seen, but for a missing end), and of one with tiles (`jpeg.tiled`)
+    little around it.
+
+    Raises what `decode` raises.
+    """
+    shape = None if isinstance(data, np.ndarray) else _turbo_shape(data)
+    if shape is None:
+        top, left, height, width = window
+        return decode(data)[top : top + height, left : left + width]
+    sides = zip(shape, min_size or window[2:], window[2:], strict=True)
+    factor = scale_factor(shape, tuple(-(-side * least // part) for side, least, part in sides))
+    top, height = _reduced(window[0], window[2], shape[0], factor)
+    left, width = _reduced(window[1], window[3], shape[1], factor)
+    found = jpeg.layout(data)
+    wanted = tuple(factor * each for each in (top, left, height, width))
+    # Smoothed colours look at one more sample of them, which is two pixels.
+    cut = jpeg.cut(data, found, wanted, margin=2 * factor) if found else None
+    if cut is not None:
+        data, shape = cut.data, (cut.height, cut.width)
+        top, left = top - cut.top // factor, left - cut.left // factor
+    image = _decode_turbo(data, shape, factor, ends_early=cut is not None and cut.ends_early)
+    return image[top : top + height, left : left + width]
+
+
+def _reduced(start: int, length: int, side: int, factor: int) -> tuple[int, int]:
+    """A stretch of `side` pixels, as a stretch of that side divided by `factor` (rounded up)."""
+    smaller = -(-side // factor)
+    shorter = max(1, math.floor(length * smaller / side + 0.5))
+    return min(math.floor(start * smaller / side + 0.5), smaller - shorter), shorter
+
+
+def _decode_turbo(
+    data: bytes, shape: tuple[int, int], factor: int, *, ends_early: bool = False
+) -> np.ndarray:
+    """Decodes a JPEG of `shape` at 1/`factor` of its size."""
     # Only halves have SIMD code in libjpeg-turbo: 5/8 takes longer than the whole. Two minima with
     # nothing to spare make simplejpeg choose exactly this factor.
-    factor = scale_factor(shape, min_size) if min_size else 1
-    least = {"min_height": -(-shape[0] // factor), "min_width": -(-shape[1] // factor)}
+    height, width = (-(-side // factor) for side in shape)
+    pixels = np.empty((height, width, 3), np.uint8)
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", **least)
-    except ValueError as error:
-        if not any(text in str(error) for text in _HARMLESS):
+        simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, buffer=pixels)
+    except ValueError as error:  # of several faults the first one is told; the pixels are there
+        harmless = (*_HARMLESS, _LEFT_OVER) if ends_early else _HARMLESS
+        if not any(text in str(error) for text in harmless):
             raise DecodeError(_one_line(error)) from error
-    try:
-        return simplejpeg.decode_jpeg(data, "RGB", strict=False, **least)
-    except ValueError as error:
-        raise DecodeError(_one_line(error)) from error
+    return pixels
 
 
 def scale_factor(shape: tuple[int, int], min_size: tuple[int, int]) -> int:

@@ -26,10 +26,11 @@ from PIL import Image
 
 import vit_jax
 from vit_jax.data import folder as folder_lib
-from vit_jax.data import sources, writer
+from vit_jax.data import raw, sources, writer
 from vit_jax.data.decode import DecodeError, decode
 from vit_jax.data.folder import Item
 from vit_jax.data.ingest import Ingested, ingest
+from vit_jax.data.stores import AS_IT_CAME, Store
 from vit_jax.data.tally import Measured, Tally, measure
 from vit_jax.data.tfrecord import read_tfrecord
 
@@ -61,6 +62,8 @@ class Prepared:
     ignored: list[str] = dataclasses.field(default_factory=list)
     """Files that were not taken for images."""
     notes: list[str] = dataclasses.field(default_factory=list)
+    store: str = "jpeg"
+    """In which form images are kept: one of `stores.STORES`."""
     data_dir: str = ""
     path: str = ""
     """The version folder in `data_dir`. Neither is kept: the dataset may be moved."""
@@ -142,6 +145,8 @@ def prepare_folder(
     strict: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    store: str = "jpeg",
+    store_size: int = 0,
 ) -> Prepared:
     """Makes a dataset of `PATH/<class>/*` or `PATH/<split>/<class>/*` (see `folder.scan_folder`).
 
@@ -160,10 +165,12 @@ def prepare_folder(
       strict: raise UnreadableImagesError instead of leaving images out.
       overwrite: replace a dataset of that name, once the new one is whole.
       progress: show a bar on stderr.
+      store, store_size: in which form images are kept; see `stores.Store`.
 
     Raises OSError and ValueError in one line each.
     """
     writer.check_name(name)
+    kept = Store(store, store_size)
     found = folder_lib.scan_folder(path)
     splits, notes = dict(found.splits), []
     if holdout:
@@ -194,6 +201,7 @@ def prepare_folder(
         ignored=found.ignored,
         notes=notes,
         progress=progress,
+        store=kept,
     )
 
 
@@ -205,23 +213,48 @@ def prepare_convert(
     strict: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    store: str = "jpeg",
+    store_size: int = 0,
 ) -> Prepared:
     """Copies a TFDS dataset of TFRecord files into ArrayRecord files, record by record.
 
     All splits, shards and features stay as they are; each record's checksum is verified. Images are
     decoded once, and unreadable ones are listed but kept (with `strict`, nothing is made).
 
+    A dataset of ArrayRecord files is copied into another `store`: image, label and filename of
+    every example, unreadable ones left out, splits in a permuted order (as `prepare_folder`).
+
     Args:
       path: the version folder (`…/cifar10/3.0.2`), or the one above with its newest version.
       name: what the copy is called; by default like the original.
-      data_dir, strict, overwrite, progress: as in `prepare_folder`.
+      data_dir, strict, overwrite, progress, store, store_size: as in `prepare_folder`.
     """
     source = _version_folder(path)
     builder = tfds.builder_from_directory(source)
-    sources.class_names(builder.info)  # refuses what could not be trained on
+    names = sources.class_names(builder.info)  # refuses what could not be trained on
+    kept = Store(store, store_size)
+    arrays = builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD
+    if arrays and store != "jpeg":
+        return _write(
+            {split: _items(source, split) for split in builder.info.splits},
+            class_names=names,
+            name=name or builder.name,
+            data_dir=data_dir,
+            seed=0,
+            strict=strict,
+            overwrite=overwrite,
+            made_by="convert",
+            progress=progress,
+            store=kept,
+        )
+    if store != "jpeg":
+        raise ValueError(
+            f"{source} is converted in two steps: leave --store out, then convert the copy with it"
+        )
     if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
         raise ValueError(
-            f"{source} holds {builder.info.file_format.value} files, and tfrecord is converted"
+            f"{source} holds {builder.info.file_format.value} files, and tfrecord is converted; "
+            "with --store=tiled, resized or raw array_record is, too"
         )
     name = name or builder.name
     with writer.new_dataset(
@@ -288,6 +321,25 @@ def prepare_tfds(
     return prepared
 
 
+def _items(path: epath.Path, split: str) -> list[Item]:
+    """The examples of a TFDS dataset, to be written anew."""
+    info = tfds.builder_from_directory(path).info
+    dataset = sources.DatasetInfo(info.name, path, {}, sources.class_names(info), "", None, None)
+    source = sources.Source(dataset, split)
+    items = []
+    for index in range(len(source)):
+        record = source[index]
+        name = record.get("filename", record.get("file_name", b"")) or f"{split}/{index}".encode()
+        name = name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else str(name)
+        read = functools.partial(_read_record, source, index)
+        items.append(Item(name, int(record["label"]), read))
+    return items
+
+
+def _read_record(source: sources.Source, index: int) -> bytes:
+    return source[index]["image"]
+
+
 def _write(
     splits: dict[str, list[Item]],
     *,
@@ -301,6 +353,7 @@ def _write(
     ignored: Sequence[str] = (),
     notes: Sequence[str] = (),
     progress: bool = True,
+    store: Store = AS_IT_CAME,
 ) -> Prepared:
     """Takes the items in, in permuted order, and writes those that are readable."""
     num_items = sum(map(len, splits.values()))
@@ -310,22 +363,26 @@ def _write(
         writer.new_dataset(name, data_dir=data_dir, overwrite=overwrite) as new,
         _bar(num_items, name, progress) as bar,
     ):
-        writers = [writer.SplitWriter(new.folder, name=name, split=split) for split in splits]
+        kind = raw.RawWriter if store.name == "raw" else writer.SplitWriter
+        writers = [kind(new.folder, name=name, split=split) for split in splits]
         for out in writers:
             items = folder_lib.permute(splits[out.split], seed=seed)
-            _write_split(out, items, tally=tally, changes=changes, bar=bar)
+            _write_split(out, items, store, tally=tally, changes=changes, bar=bar)
         if changes.rejected and strict:
             raise UnreadableImagesError(sorted(changes.rejected), num_items)
         _refuse_empty(writers, changes.rejected)
-        writer.write_tfds_metadata(
-            new,
-            writers=writers,
-            class_names=class_names,
-            description=f"Made by `vit-jax prepare {made_by}`.",
-        )
+        if store.name == "raw":
+            named = {"name": name, "version": new.version, "class_names": class_names}
+            raw.write_head(new.folder, writers=writers, **named)
+        else:
+            description = f"Made by `vit-jax prepare {made_by}`."
+            writer.write_tfds_metadata(
+                new, writers=writers, class_names=class_names, description=description
+            )
         prepared = Prepared(
             name=name,
             made_by=f"vit-jax {vit_jax.__version__} prepare {made_by}",
+            store=store.name,
             data_dir=data_dir,
             path=str(new.path),
             ignored=[_printable(each) for each in ignored],
@@ -345,14 +402,15 @@ class _Changes(NamedTuple):
 
 
 def _write_split(
-    out: writer.SplitWriter,
+    out: writer.SplitWriter | raw.RawWriter,
     items: Sequence[Item],
+    store: Store,
     *,
     tally: Tally,
     changes: _Changes,
     bar: tqdm.tqdm,
 ) -> None:
-    for item, taken in zip(items, _parallel(_take, items), strict=True):
+    for item, taken in zip(items, _parallel(functools.partial(_take, store), items), strict=True):
         bar.update()
         shown = _printable(item.name)
         if isinstance(taken, str):
@@ -360,8 +418,11 @@ def _write_split(
             continue
         image, measured = taken
         filename = item.name.encode("utf-8", "surrogateescape")
-        record = {"image": image.data, "label": item.label, "filename": filename}
-        out.write(writer.serialize(record))
+        if isinstance(out, raw.RawWriter):
+            out.write(image.pixels, label=item.label, filename=filename)
+        else:
+            record = {"image": image.data, "label": item.label, "filename": filename}
+            out.write(writer.serialize(record))
         tally.add(out.split, item.label, measured)
         if image.transposed:
             changes.transposed.append((shown, image.transposed))
@@ -370,7 +431,7 @@ def _write_split(
     out.close()
 
 
-def _take(item: Item) -> tuple[Ingested, Measured] | str:
+def _take(store: Store, item: Item) -> tuple[Ingested, Measured] | str:
     """Reads, verifies and measures one file; the reason if that fails."""
     try:
         image = ingest(item.read())
@@ -378,8 +439,12 @@ def _take(item: Item) -> tuple[Ingested, Measured] | str:
         return str(error)
     except OSError as error:
         return error.strerror or str(error)
-    measured = measure(image.data, image.pixels)
-    return image._replace(pixels=None), measured  # pixels are large, and others wait in the queue
+    stored = store.take(image)
+    # Tiles change no pixel, and so not the fingerprint.
+    measured = measure(image.data if store.name == "tiled" else stored.data, stored.pixels)
+    if store.name != "raw":  # pixels are large, and others wait in the queue
+        stored = stored._replace(pixels=None)
+    return stored, measured
 
 
 def _refuse_empty(writers: Sequence[writer.SplitWriter], rejected: list[tuple[str, str]]) -> None:

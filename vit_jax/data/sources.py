@@ -2,7 +2,8 @@
 
 Whatever `vit-jax prepare` makes is a stock TFDS dataset with one more file, `vit_jax.json`: what
 was learnt while it was made (fingerprint, mean and standard deviation, class counts, unreadable
-files). Datasets made by TFDS itself are read too; they only lack that file.
+files). Datasets made by TFDS itself are read too; they only lack that file. The exception are
+datasets of decoded images, `vit_jax.data.raw`, which look the same from outside.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
+
+from vit_jax.data import raw
 
 METADATA = "vit_jax.json"
 """The file beside TFDS's own `dataset_info.json` that holds what `vit-jax prepare` learnt."""
@@ -44,6 +47,8 @@ def dataset_info(name: str, *, data_dir: str) -> DatasetInfo:
     it is not in ArrayRecord form or has no images with class labels.
     """
     path = _version_folder(name, data_dir)
+    if raw.is_raw(path):
+        return _raw_info(name, path)
     info = _builder(path).info
     if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise ValueError(
@@ -63,10 +68,24 @@ def dataset_info(name: str, *, data_dir: str) -> DatasetInfo:
     )
 
 
+def _raw_info(name: str, path: epath.Path) -> DatasetInfo:
+    head, metadata = raw.read_head(path), read_metadata(path)
+    return DatasetInfo(
+        name=name,
+        path=path,
+        splits={split: found["num_examples"] for split, found in head["splits"].items()},
+        class_names=tuple(head["class_names"]),
+        fingerprint=metadata["fingerprint"],
+        mean=_triple(metadata["mean"]),
+        std=_triple(metadata["std"]),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One split, read by index: `len()` and `[index] -> {'image': encoded bytes, 'label': int, …}`.
 
+    Of a raw dataset (`vit_jax.data.raw`) the image is its pixels, uint8 [height, width, 3].
     Any number of threads may read at once. A pickle holds the path and not the open files, so it
     can go to worker processes. A record that cannot be read is an OSError that names it.
     """
@@ -93,6 +112,8 @@ class Source:
 
     @functools.cached_property
     def _records(self):
+        if raw.is_raw(self.info.path):
+            return _raw_part(self.info, self.split)
         return _builder(self.info.path).as_data_source(
             self.split, decoders={"image": tfds.decode.SkipDecoding()}
         )
@@ -105,19 +126,52 @@ def load_source(name: str, *, split: str, data_dir: str) -> Source:
     FileNotFoundError if a file of the split is missing.
     """
     info = dataset_info(name, data_dir=data_dir)
+    if raw.is_raw(info.path):
+        source = Source(info, split)
+        _refuse_empty(len(source), info, split)
+        return source
     try:
         files = _builder(info.path).info.splits[split].file_instructions
     except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{name!r} has no split {split!r}; it has {', '.join(info.splits)} "
-            "(or a part of one, such as 'train[:90%]')"
-        ) from error
-    if not files:
-        raise ValueError(f"split {split!r} of {name!r} holds no example; take a larger part")
+        raise _unknown_split(info, split) from error
+    _refuse_empty(len(files), info, split)
     for file in files:
         if not epath.Path(file.filename).exists():
             raise FileNotFoundError(f"{file.filename} is missing: prepare {name!r} again")
     return Source(info, split)
+
+
+def _raw_part(info: DatasetInfo, split: str) -> raw.RawSplit | raw.Part:
+    """A split of a raw dataset, or what TFDS's arithmetic makes of it."""
+    if split in info.splits:
+        return raw.RawSplit(info.path, split)
+    counts = [
+        tfds.core.SplitInfo(name=each, shard_lengths=[count], num_bytes=0, filename_template=None)
+        for each, count in info.splits.items()
+    ]
+    try:
+        asked = tfds.core.ReadInstruction.from_spec(split)
+        stretches = asked.to_absolute({each.name: each for each in counts})
+    except (KeyError, ValueError) as error:
+        raise _unknown_split(info, split) from error
+    opened = {each.splitname: raw.RawSplit(info.path, each.splitname) for each in stretches}
+    parts = []
+    for each in stretches:  # None stands for the beginning and for the end
+        end = info.splits[each.splitname] if each.to is None else each.to
+        parts.append((opened[each.splitname], each.from_ or 0, end))
+    return raw.Part(tuple(parts))
+
+
+def _unknown_split(info: DatasetInfo, split: str) -> ValueError:
+    return ValueError(
+        f"{info.name!r} has no split {split!r}; it has {', '.join(info.splits)} "
+        "(or a part of one, such as 'train[:90%]')"
+    )
+
+
+def _refuse_empty(count: int, info: DatasetInfo, split: str) -> None:
+    if not count:
+        raise ValueError(f"split {split!r} of {info.name!r} holds no example; take a larger part")
 
 
 def read_metadata(path: epath.Path) -> dict[str, Any]:
@@ -145,7 +199,7 @@ def versions(folder: epath.Path) -> list[epath.Path]:
     if not folder.is_dir():
         return []
     found = [each for each in folder.iterdir() if tfds.core.Version.is_valid(each.name)]
-    found = [each for each in found if (each / "dataset_info.json").exists()]
+    found = [each for each in found if (each / "dataset_info.json").exists() or raw.is_raw(each)]
     return sorted(found, key=lambda each: tfds.core.Version(each.name))
 
 

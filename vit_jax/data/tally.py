@@ -89,11 +89,14 @@ class Tally:
 
 
 def measure(data: bytes, pixels: np.ndarray | None) -> Measured:
-    """Measures `data`, decoded to uint8 [height, width, 3], or None where that is impossible."""
+    """Measures `data`, decoded to uint8 [height, width, 3], or None where that is impossible.
+
+    Where only pixels are kept, `data` is empty.
+    """
     if pixels is None:
         nothing = np.zeros(3, np.int64)
         return Measured(hashlib.sha256(data).digest(), 0, nothing, nothing)
-    if is_png(data):  # the same pixels are other bytes under another zlib
+    if not data or is_png(data):  # the same pixels are other bytes under another zlib
         digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).digest()
     else:
         digest = hashlib.sha256(data).digest()
