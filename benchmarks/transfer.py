@@ -1,42 +1,67 @@
 """What weights are worth: pretraining on half of the classes, transfer to the other half.
 
-  python benchmarks/transfer.py [--steps=30] [--pretrain_steps=1000] [--num_seeds=3]
-      [--cifar10=PATH/TO/cifar10.zip]
+  python benchmarks/transfer.py [--cifar10=PATH/TO/cifar10.zip] [--out=runs/transfer]
 
-Pretrains the digits' recipe on 0 to 4, then trains 5 to 9 for a few steps: by `configs/transfer.py`
-in each of its modes, and by the digits' recipe from scratch, with as many steps of as many images;
-once for each seed, which is the pretraining's too. With an archive of CIFAR-10 (train/<class>/,
-test/<class>/) the same for its classes by name. Printed are the mean and the standard deviation of
-the share of the held-out images of the second half that are told right; the last line is JSON.
+Pretrains the digits' recipe on 0 to 4, then trains 5 to 9 by `configs/transfer.py`: in each of its
+modes from the weights, from scratch, and a probe of the same backbone as it is drawn. All take the
+same model, steps and images. With an archive of CIFAR-10 (train/<class>/, test/<class>/) the same
+for its classes by name.
+
+An arm's learning rate is the best of three on the last fifth of the training split, trained on the
+rest, with the first seed. Then each seed pretrains, and trains on the whole split; printed are the
+mean and the standard deviation of accuracies on the test split. The last line is JSON. A finished
+run in --out is not run again, an interrupted one goes on.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import statistics
-import subprocess
 import sys
-import tempfile
 import zipfile
+from typing import NamedTuple
 
-from vit_jax.data.prepare import prepare_digits
+from vit_jax import cli
+from vit_jax.data.prepare import prepare_digits, prepare_folder
 from vit_jax.data.sources import load_source
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
-# Learning rates: the best of those tried at the default numbers of steps, by the held-out images
-# that are reported too. Small models want
-# large ones, and layer-wise decay the largest: it leaves the first of three blocks 0.42 of it.
-RATES = {
-    "digits": {"scratch": 4e-3, "full": 4e-3, "layerwise": 8e-3, "probe": 3e-2},
-    "cifar10": {"scratch": 2e-3, "full": 1e-3, "layerwise": 4e-3, "probe": 1e-2},
+SEEDS = (0, 1, 2)
+# The transfer recipe's argument of each arm.
+ARMS = {
+    "scratch": "mode=full,pretrained=false",
+    "full": "mode=full",
+    "layerwise": "mode=layerwise",
+    "probe": "mode=probe",
+    "random probe": "mode=probe,pretrained=false",
 }
+RATES = {"backbone": (1e-3, 3e-3, 1e-2), "probe": (3e-2, 1e-1, 3e-1)}
 
 
-def vit_jax(*argv):
-    command = [sys.executable, "-m", "vit_jax.cli", *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"vit-jax {' '.join(map(str, argv))}\n{done.stderr}")
+class Task(NamedTuple):
+    """A dataset in two halves: what pretrains on the first, and the transfer recipe's shape."""
+
+    recipe: str
+    low: str
+    high: str
+    shape: str
+
+
+TASKS = {
+    "digits": Task(
+        recipe="digits.py:steps=300",
+        low="digits_low",
+        high="digits_high",
+        shape="steps=30,batch_size=64,augment=none",
+    ),
+    "cifar10": Task(
+        recipe="cifar10.py:small,steps=400,name=cifar10_low",
+        low="cifar10_low",
+        high="cifar10_high",
+        shape="steps=40,batch_size=128,augment=pad_crop_flip",
+    ),
+}
 
 
 def digits_files(folder):
@@ -51,11 +76,12 @@ def digits_files(folder):
     return "digits_low", "digits_high"
 
 
-def cifar10_files(archive, folder):
+def cifar10_files(archive, folder, every=1):
+    """The same of one in `every` files of an archive, <split>/<class>/*.jpg, by the class names."""
     with zipfile.ZipFile(archive) as members:
         names = [name for name in members.namelist() if name.endswith(".jpg")]
         classes = sorted({pathlib.PurePath(name).parts[-2] for name in names})
-        for name in names:
+        for name in names[::every]:
             *_, split, label, file = pathlib.PurePath(name).parts
             half = "cifar10_low" if classes.index(label) < 5 else "cifar10_high"
             put(folder / half / split / label / file, members.read(name))
@@ -67,70 +93,98 @@ def put(path, data):
     path.write_bytes(data)
 
 
-def accuracy(folder, name, config, *flags):
-    """Trains in folder/runs/name; the last evaluation's top-1."""
-    workdir = folder / "runs" / name
-    vit_jax("train", f"--config={CONFIGS}/{config}", f"--workdir={workdir}", *flags)
-    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [row["test/top1"] for row in rows if "test/top1" in row][-1]
+def prepare(make, folder):
+    """The halves as datasets in folder/data, unless they are there."""
+    done = folder / "prepared"
+    if not done.exists():
+        for half in make(folder):
+            options = {"data_dir": str(folder / "data"), "overwrite": True, "progress": False}
+            prepare_folder(folder / half, name=half, **options)
+        done.touch()
 
 
-def measure(folder, halves, seed, *, recipe, batch_size, augment, steps, pretrain_steps):
-    """{'pretraining': …, 'scratch': …, and each mode}: accuracies."""
-    low, high = halves
-    where = f"data_dir={folder}/data"
-    shape = {"digits": "digits.py:", "cifar10": f"cifar10.py:small,name={low},"}[recipe]
-    seeded = f"--config.seed={seed}"
+def train(workdir, config, *flags):
+    """Trains unless that was done; the last evaluation's top-1, and the seconds after the start."""
+    found = finished(workdir)
+    if found is None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        argv = ["train", f"--config={CONFIGS}/{config}", f"--workdir={workdir}", *flags]
+        with (workdir / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+            code = cli.main([*argv, "--config.eval_every=0"])
+        if code:
+            sys.exit(f"vit-jax {' '.join(argv)} ended with {code}")
+        found = finished(workdir)
+        print(f"{workdir.name}: {found[0]:.2%}", file=sys.stderr, flush=True)
+    return found
+
+
+def finished(workdir):
+    """What `train` answers, or None."""
+    with contextlib.suppress(FileNotFoundError):
+        rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        scores = [(row["step"], row["test/top1"]) for row in rows if "test/top1" in row]
+        if scores and (workdir / "checkpoints" / str(scores[-1][0])).exists():
+            seconds = json.loads((workdir / "run.json").read_text())["seconds"]
+            return scores[-1][1], sum(seconds.values()) - seconds["start"]
+    return None
+
+
+def measure(task, folder):
+    """{arm: {'rate', 'accuracies'}}, 'pretraining' among them, and the seconds of all runs."""
+    seconds = {}
 
     def run(name, config, *flags):
-        return accuracy(folder, f"{recipe}_{name}_{seed}", config, seeded, *flags)
+        config = f"{config},data_dir={folder}/data"
+        score, seconds[name] = train(folder / "runs" / name, config, *flags)
+        return score
 
-    def on(half):
-        return f"--config.data.name={half}", f"--config.evals.test.dataset={half}"
+    def pretrain(seed):
+        half = [f"--config.{leaf}={task.low}" for leaf in ("data.name", "evals.test.dataset")]
+        return run(f"pretraining-{seed}", task.recipe, *half, f"--config.seed={seed}")
 
-    found = {"pretraining": run("low", f"{shape}steps={pretrain_steps},{where}", *on(low))}
-    for mode, rate in RATES[recipe].items():
-        if mode == "scratch":
-            flags = *on(high), f"--config.optimizer.learning_rate={rate}"
-            found[mode] = run(mode, f"{shape}steps={steps},{where}", *flags)
-            continue
-        weights = f"{folder}/runs/{recipe}_low_{seed}"
-        config = (
-            f"transfer.py:name={high},{where},init_from={weights},mode={mode},"
-            f"steps={steps},batch_size={batch_size},augment={augment},learning_rate={rate}"
-        )
-        found[mode] = run(mode, config)
-    return found
+    def transfer(name, arm, rate, seed, *flags, weights):
+        source = f"init_from={folder}/runs/pretraining-{weights}"
+        config = f"transfer.py:name={task.high},{source},{task.shape},{ARMS[arm]}"
+        flags = f"--config.seed={seed}", "--config.save_every=0", *flags
+        return run(name.replace(" ", "-"), f"{config},learning_rate={rate}", *flags)
+
+    def held_out(arm, rate):
+        parts = "--config.data.split=train[:80%]", "--config.evals.test.split=train[80%:]"
+        return transfer(f"{arm}-{rate}", arm, rate, SEEDS[0], *parts, weights=SEEDS[0])
+
+    def best_rate(arm):
+        rates = RATES["probe" if "probe" in arm else "backbone"]
+        return max(rates, key=lambda rate: held_out(arm, rate))
+
+    pretrain(SEEDS[0])
+    rates = {arm: best_rate(arm) for arm in ARMS}
+    found = {"pretraining": {"rate": None, "accuracies": [pretrain(seed) for seed in SEEDS]}}
+    for arm, rate in rates.items():
+        scores = [transfer(f"{arm}-test-{x}", arm, rate, x, weights=x) for x in SEEDS]
+        found[arm] = {"rate": rate, "accuracies": scores}
+    return found, sum(seconds.values())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--pretrain_steps", type=int, default=1000)
-    parser.add_argument("--num_seeds", type=int, default=3)
     parser.add_argument("--cifar10", default="", help="archive of class folders")
+    parser.add_argument("--out", default="runs/transfer", help="where runs and data are kept")
     options = parser.parse_args()
-    steps = {"steps": options.steps, "pretrain_steps": options.pretrain_steps}
+    makers = {"digits": digits_files}
+    if options.cifar10:
+        makers["cifar10"] = lambda folder: cifar10_files(options.cifar10, folder)
     results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        tasks = {"digits": (digits_files, (folder,), 64, "none")}
-        if options.cifar10:
-            arguments = (options.cifar10, folder)
-            tasks["cifar10"] = (cifar10_files, arguments, 128, "pad_crop_flip")
-        for recipe, (make, arguments, batch_size, augment) in tasks.items():
-            shape = {"recipe": recipe, "batch_size": batch_size, "augment": augment} | steps
-            halves = make(*arguments)
-            for half in halves:
-                flags = f"--name={half}", f"--data_dir={folder}/data"
-                vit_jax("prepare", "folder", folder / half, *flags)
-            seeds = range(options.num_seeds)
-            by_seed = [measure(folder, halves, seed, **shape) for seed in seeds]
-            results[recipe] = {name: [one[name] for one in by_seed] for name in by_seed[0]}
-            for name, values in results[recipe].items():
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                print(f"{recipe:8} {name:12} {statistics.mean(values):.2%} ± {spread:.2%}")
-    print(json.dumps(steps | results))
+    for name, make in makers.items():
+        folder = pathlib.Path(options.out, name)
+        prepare(make, folder)
+        found, seconds = measure(TASKS[name], folder)
+        results[name] = found | {"seconds": seconds}
+        for arm, row in found.items():
+            mean, spread = statistics.mean(row["accuracies"]), statistics.stdev(row["accuracies"])
+            rate = f"learning rate {row['rate']}" if row["rate"] else ""
+            print(f"{name:8} {arm:12} {mean:.1%} ± {spread:.1%}  {rate}")
+        print(f"{name:8} {seconds / 60:.1f} min in runs")
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ weights; `size` asks for another resolution. Modes:
 
 The modes' learning rates are for published weights of S to L; models of a few blocks want ten times
 as much and more, as in `benchmarks/transfer.py`, which has figures on half of the digits' classes
-(README). On ImageNet's size not yet run. Without `init_from` the same recipe trains `variant` from
-scratch, to compare with.
+and CIFAR-10's (README). On ImageNet's size not yet run.
+
+To compare with: `pretrained=false` trains the same model as it is drawn, without the weights, in
+any mode; without `init_from` the recipe trains `variant` from scratch.
 """
 
 from ml_collections import ConfigDict
@@ -37,6 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
         data_dir="data",
         eval_split="",
         init_from="",
+        pretrained=True,
         mode="full",
         variant="S/16",
         size=0,
@@ -54,12 +57,13 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg.debug:
         arg.update({"batch_size": 8, "steps": 4, "variant": "Ti/8"})
         arg.size = arg.size or (0 if arg.init_from else 16)
+    size = (arg.size, arg.size) if arg.size else None
     weights = {"model": {"variant": arg.variant, "pos_embed": "sincos2d"}, "pool": "gap"}
     if arg.init_from:
-        weights = weights_config(arg.init_from)
+        weights = weights_config(arg.init_from, image_size=size)
     elif arg.debug:
         weights["model"] |= {"dim": 32, "depth": 2, "num_heads": 2, "mlp_dim": 64}
-    size = (arg.size, arg.size) if arg.size else weights["model"].get("image_size", (224, 224))
+    size = size or weights["model"].get("image_size", (224, 224))
     train_split, arg.eval_split, num_examples = train_and_eval_splits(
         arg.name, data_dir=arg.data_dir, eval_split=arg.eval_split
     )
@@ -68,7 +72,7 @@ def get_config(arg: str = "") -> ConfigDict:
     cropped = arg.augment != "none"
     config = ConfigDict()
     config.seed = 0
-    config.init_from = arg.init_from
+    config.init_from = arg.init_from if arg.pretrained else ""
     config.total_steps = steps
     config.batch_size = arg.batch_size
     config.log_every = 1 if arg.debug else min(50, steps)

@@ -346,6 +346,28 @@ def test_other_numbers_than_were_saved_are_noticed(tmp_path, monkeypatch):
             checkpoints.restore(1, {"w": jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=place)})
 
 
+@pytest.mark.parametrize(
+    ("meta", "error", "words"),
+    [
+        ({}, OSError, "1 is damaged .its meta data holds no checksums.; there is no older one"),
+        ({"checksums": {"v": 1}}, OSError, "1 is damaged .w is not what was saved."),
+        ({"format": 99}, ValueError, "1 was written by a newer vit_jax .format 99, .* pip install"),
+    ],
+)
+def test_other_meta_data_are_told_in_one_line(tmp_path, meta, error, words):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": jnp.ones((4, 4))}, {})
+        checkpoints.wait()
+        assert checkpoints.meta(1).keys() == {"format", "checksums"}
+    (path,) = (tmp_path / "checkpoints" / "1" / "meta").glob("*metadata*")
+    path.write_text(json.dumps(meta))
+    wanted = {"w": jax.ShapeDtypeStruct((4, 4), jnp.float32, sharding=place)}
+    with opened(tmp_path) as checkpoints, pytest.raises(error, match=words) as raised:
+        checkpoints.restore(1, wanted)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_lost_file_is_told_in_one_line(data_dir, tmp_path):
     config = short(data_dir, save_every=3)
     run(config, tmp_path / "run")

@@ -20,9 +20,11 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from vit_jax.tree import STACKED, layer_names, named_leaves
 
+FORMAT = 1  # of what is on disk; one that older versions cannot read gets the next number
+
 
 class MismatchError(ValueError):
-    """A checkpoint that is whole, but of another model."""
+    """A checkpoint that is whole, but of another model or of a newer version."""
 
 
 class _Best:
@@ -89,7 +91,7 @@ class Checkpoints:
         """
         leaves = unstack(named_leaves(state))
         tree = traverse_util.unflatten_dict(leaves, sep="/")
-        meta = meta | {"checksums": checksums(leaves)}
+        meta = meta | {"format": FORMAT, "checksums": checksums(leaves)}
         arguments = {"state": ocp.args.PyTreeSave(tree), "meta": ocp.args.JsonSave(meta)}
         self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**arguments)))
 
@@ -104,29 +106,38 @@ class Checkpoints:
           abstract: the wanted tree, its leaves `jax.ShapeDtypeStruct`s with shardings.
 
         Raises:
-          ValueError: the checkpoint holds other names or shapes.
+          ValueError: the checkpoint holds other names or shapes, or is of a newer version.
           OSError: it is damaged; the older ones are named.
         """
         wanted = named_leaves(abstract)
         names = traverse_util.unflatten_dict(unstack_abstract(wanted), sep="/")
+        meta = self.meta(step)
         with self._reading(step):
             self._check_names(step, names)
             how = ocp.checkpoint_utils.construct_restore_args(names)
             state = ocp.args.PyTreeRestore(names, restore_args=how)
-            arguments = {"state": state, "meta": ocp.args.JsonRestore()}
-            restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
-            leaves, expected = _flat(restored.state), restored.meta["checksums"]
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=state))
+            leaves = _flat(restored.state)
             for name, value in checksums(leaves).items():
-                if value != expected[name]:
+                if value != meta["checksums"].get(name):
                     raise OSError(f"{name} is not what was saved")
         arrays = stack(leaves, wanted)
-        return jax.tree.unflatten(jax.tree.structure(abstract), arrays.values()), restored.meta
+        return jax.tree.unflatten(jax.tree.structure(abstract), arrays.values()), meta
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The meta data of `step` alone."""
+        """The meta data of `step` alone; raises as `restore` does."""
         arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
         with self._reading(step):
-            return self._manager.restore(step, args=arguments).meta
+            meta = self._manager.restore(step, args=arguments).meta
+            if meta.get("format", FORMAT) > FORMAT:
+                raise MismatchError(
+                    f"checkpoint {self.folder / str(step)} was written by a newer vit_jax (format "
+                    f"{meta['format']}, this one reads up to {FORMAT}); upgrade: "
+                    "pip install -U vit-jax."
+                )
+            if "checksums" not in meta:
+                raise OSError("its meta data holds no checksums")
+        return meta
 
     def close(self) -> None:
         """Waits and frees the threads; raises OSError as `save` does."""

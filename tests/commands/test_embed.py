@@ -2,6 +2,7 @@ import csv
 import re
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import vit_jax
@@ -51,9 +52,6 @@ def test_a_dataset(workdir, wanted, data_dir, tmp_path, capsys):
 
 
 def test_parquet(workdir, wanted, data_dir, tmp_path):
-    pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
     argv = f"--workdir={workdir}", "--dataset=digits", f"--data_dir={data_dir}"
     assert embed(*argv, "--split=test[:50%]", f"--out={tmp_path}/f.parquet") == 0
     table = pq.read_table(tmp_path / "f.parquet")

@@ -1,10 +1,10 @@
 import csv
-import importlib.util
 import io
 import json
 import re
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import vit_jax
@@ -58,9 +58,6 @@ def test_a_run_answers_for_a_folder_what_its_model_does(trained, capsys):
 
 
 def test_the_formats_say_the_same(weights, tmp_path, capsys):
-    pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
     image = tmp_path / "a.jpg"
     image.write_bytes(encode(noise(40, 30), "JPEG"))
     argv = f"--model={weights}", image, "--top=2"
@@ -142,12 +139,9 @@ def test_what_cannot_be_answered(argv, words, tmp_path, monkeypatch, capsys):
     assert re.search(words, line)
 
 
-def test_weights_without_a_head_and_a_missing_pyarrow(tmp_path, monkeypatch, capsys):
+def test_weights_without_a_head(tmp_path, capsys):
     path, image = tmp_path / "w.safetensors", tmp_path / "a.png"
     export(source(spec(num_classes=0)), format="safetensors", out=path)
     image.write_bytes(encode(noise(), "PNG"))
     assert predict(f"--model={path}", image) == 1
     assert "no head, so no classes; try vit-jax embed" in capsys.readouterr().err
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert predict(f"--model={path}", image, "--output=parquet", "--out=x.parquet") == 1
-    assert "parquet needs pyarrow: pip install 'vit-jax[parquet]'" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 
 import vit_jax
+from tests.data.images import encode, noise
 from tests.interop.models import images, source, spec
 from vit_jax import cli
 from vit_jax.interop import files, timm
@@ -167,6 +168,33 @@ def test_inspect(own, tmp_path, capsys):
     assert re.search("equal arrays: 3[0-9]", printed) and "gelu_tanh" in printed
 
 
+def test_what_no_file_tells_is_told_by_flags(tmp_path, capsys):
+    """google's names say neither the grid of an oblong image nor, in the file, its size."""
+    made = source(spec(pool="cls", cls_token=True, image_size=(16, 8)))
+    write_own(made, epath.Path(tmp_path / "own.safetensors"))
+    there = tmp_path / "own.npz"
+    flags = f"--model={tmp_path}/own.safetensors", "--format=npz", f"--out={there}"
+    assert vit("export", *flags) == 0
+    printed = capsys.readouterr().out
+    assert "left out: normalisation by mean 0.4 0.5 0.6, std 0.2 0.25 0.3; readers take" in printed
+    assert "left out: class names" in printed and "resized" not in printed
+    for command in (["inspect", there], ["predict", f"--model={there}", tmp_path / "a.png"]):
+        (tmp_path / "a.png").write_bytes(encode(noise(16, 8), "PNG"))
+        assert vit(*command) == 1 and "as image_size" in capsys.readouterr().err
+        assert vit(*command, "--image_size=16x8") == 0
+    out = tmp_path / "large.safetensors"
+    assert vit("export", *flags[:1], "--format=safetensors", "--image_size=32", f"--out={out}") == 0
+    assert "a grid of (4, 2) -> (8, 8)" in capsys.readouterr().out
+    assert vit_jax.load(out).backbone.image_size == (32, 32)
+
+
+def test_a_graph_is_not_read(own, tmp_path, capsys):
+    out = tmp_path / "m.stablehlo"
+    assert vit("export", f"--model={own}", "--format=stablehlo", f"--out={out}") == 0
+    assert vit("inspect", out) == 1
+    assert "m.stablehlo is a whole graph; export the weights by" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
@@ -184,6 +212,7 @@ def test_inspect(own, tmp_path, capsys):
         (["export", "--model=nowhere", "--out=x"], "--format is missing"),
         (["export", "--model=nowhere", "--format=timm", "--out=x"], "nowhere does not exist"),
         (["export", "--workdir=nowhere", "--format=timm", "--out=x"], "no checkpoint in nowhere"),
+        (["export", "--model=a", "--format=timm", "--out=x", "--image_size=0"], "in pixels"),
         (["inspect"], "give one path"),
         (["inspect", "nowhere"], "nowhere does not exist"),
     ],

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import pyarrow.parquet as pq
 import pytest
 
 from vit_jax.sweep import store as lib
@@ -161,8 +162,6 @@ def test_the_worker_goes_on_after_failures_and_says_them(tmp_path):
 
 
 def test_tables(tmp_path):
-    import pyarrow.parquet as pq
-
     store = lib.Store(tmp_path)
     correct = {"examples": "e", "count": 8}
     save(

@@ -61,8 +61,6 @@ def _check(values: flags.FlagValues, images: list[str]) -> None:
     suffix = epath.Path(values.out).suffix
     if suffix not in (".npy", ".parquet"):
         raise ValueError(f"--out={values.out} must end in .npy or .parquet.")
-    if suffix == ".parquet":
-        weights.check_parquet()
     names = epath.Path(values.out).with_suffix(".csv")
     if suffix == ".npy" and names.exists() and not values.overwrite:
         raise FileExistsError(f"{names} exists; choose another --out or add --overwrite.")

@@ -4,7 +4,7 @@ import json
 
 from absl import flags
 
-from vit_jax.commands.flags import parse
+from vit_jax.commands.flags import parse, parse_size
 
 USAGE = """vit-jax inspect: what is in a checkpoint: format, shapes, types, bytes, preprocessing.
 
@@ -18,16 +18,19 @@ def main(argv: list[str]) -> int:
         flags.DEFINE_string("diff", None, "Another one to compare with.", flag_values=values)
         flags.DEFINE_bool("json", False, "Print one JSON object.", flag_values=values)
         flags.DEFINE_integer("num_heads", None, "Where no file tells.", flag_values=values)
+        flags.DEFINE_string("image_size", None, "Likewise: 8 or 8x4.", flag_values=values)
 
     values, positional = parse(argv, define, usage=USAGE)
     if len(positional) != 1:
         raise ValueError("give one path: vit-jax inspect PATH [--diff=OTHER].")
+    size = parse_size("image_size", values.image_size)
     from vit_jax.interop.load import read_source
     from vit_jax.interop.summary import compare, describe, table
 
-    source = read_source(positional[0], num_heads=values.num_heads)
+    told = {"num_heads": values.num_heads, "image_size": size}
+    source = read_source(positional[0], **told)
     if values.diff:
-        found = compare(source, read_source(values.diff, num_heads=values.num_heads))
+        found = compare(source, read_source(values.diff, **told))
     else:
         found = describe(source)
     print(json.dumps(found) if values.json else "\n".join(table(found)))

@@ -65,10 +65,8 @@ def _check(values: flags.FlagValues, images: list[str]) -> None:
         raise ValueError(
             f"--output={values.output} is unknown; choose one of {', '.join(FORMATS)}."
         )
-    if values.output == "parquet":
-        weights.check_parquet()
-        if not values.out:
-            raise ValueError("--output=parquet needs --out=FILE.")
+    if values.output == "parquet" and not values.out:
+        raise ValueError("--output=parquet needs --out=FILE.")
 
 
 def _rows(name: str, row: np.ndarray, class_names, top: int) -> list[dict[str, Any]]:

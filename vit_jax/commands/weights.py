@@ -1,7 +1,6 @@
-"""What `predict` and `embed` share: the flags for weights and images, and reading them."""
+"""What `predict`, `embed` and `export` share: the flags for weights, and reading them."""
 
 import dataclasses
-import importlib.util
 import sys
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import tqdm
 from absl import flags
 from etils import epath
 
+from vit_jax.commands.flags import parse_size
 from vit_jax.data.augment import Augmentation
 
 
@@ -20,11 +20,18 @@ class Weights(NamedTuple):
     augment: Augmentation
 
 
-def define(values: flags.FlagValues) -> None:
-    """The flags."""
+def define_source(values: flags.FlagValues) -> None:
+    """The flags that say which weights."""
     flags.DEFINE_string("workdir", None, "A run's folder.", flag_values=values)
     flags.DEFINE_string("model", None, "Or weights: see vit-jax import.", flag_values=values)
     flags.DEFINE_integer("step", None, "Which checkpoint of a run.", flag_values=values)
+    flags.DEFINE_string("image_size", None, "Resample to 384 or 384x256.", flag_values=values)
+    flags.DEFINE_integer("num_heads", None, "Where no file tells.", flag_values=values)
+
+
+def define(values: flags.FlagValues) -> None:
+    """The flags of what answers for images."""
+    define_source(values)
     flags.DEFINE_integer("batch_size", 32, "Images at once.", flag_values=values)
     flags.DEFINE_float(
         "crop_fraction",
@@ -35,22 +42,31 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("overwrite", False, "Replace --out.", flag_values=values)
 
 
-def check(values: flags.FlagValues) -> None:
-    """Raises what can be told before anything is read."""
+def check_source(values: flags.FlagValues) -> None:
+    """Raises what can be told of weights and --out before anything is read."""
     if bool(values.workdir) == bool(values.model):
         raise ValueError("give either --workdir=DIR or --model=PATH.")
-    if values.batch_size < 1:
-        raise ValueError(f"--batch_size={values.batch_size} must be at least 1.")
     if values.out and epath.Path(values.out).exists() and not values.overwrite:
         raise FileExistsError(f"{values.out} exists; choose another --out or add --overwrite.")
     if values.workdir and not (epath.Path(values.workdir) / "config.json").exists():
         raise FileNotFoundError(f"no checkpoint in {values.workdir}: it is no folder of a run.")
+    parse_size("image_size", values.image_size)
 
 
-def check_parquet() -> None:
-    """Raises where parquet is wanted and pyarrow is missing."""
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ValueError("parquet needs pyarrow: pip install 'vit-jax[parquet]', or use another.")
+def check(values: flags.FlagValues) -> None:
+    """Raises what can be told before anything is read."""
+    check_source(values)
+    if values.batch_size < 1:
+        raise ValueError(f"--batch_size={values.batch_size} must be at least 1.")
+
+
+def read(values: flags.FlagValues):
+    """The `Source` that the flags name, in the size that they ask for."""
+    from vit_jax.interop.load import adapt, read_source
+
+    size = parse_size("image_size", values.image_size)
+    options = {"num_heads": values.num_heads, "image_size": size, "step": values.step}
+    return adapt(read_source(values.workdir or values.model, **options), image_size=size)
 
 
 def load(values: flags.FlagValues, *, one_vector: bool = False) -> Weights:
@@ -61,12 +77,11 @@ def load(values: flags.FlagValues, *, one_vector: bool = False) -> Weights:
       one_vector: whether a model that answers all tokens is to pool them.
     """
     from vit_jax.inference import eval_augmentation
-    from vit_jax.interop.load import read_source
     from vit_jax.interop.spec import fill, make_model, nearest_pool
     from vit_jax.runtime import enable_compilation_cache
 
     enable_compilation_cache()
-    source = read_source(values.workdir or values.model, step=values.step)
+    source = read(values)
     for line in source.report.lines()[1:]:
         print(line.strip(), file=sys.stderr)
     spec = source.spec

@@ -89,6 +89,7 @@ def _write_timm(source: Source, model: Model, folder: epath.Path) -> tuple[Run, 
 
 def _write_npz(source: Source, model: Model, path: epath.Path) -> tuple[Run, str]:
     files.write_npz(path, npz.export(source.params, source.spec))
+    source.report.notes += npz.left_out(source.spec)
 
     def run(images: np.ndarray) -> Answer:
         answer = _read_back(path, ".npz", source, images)

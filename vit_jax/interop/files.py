@@ -19,6 +19,7 @@ from etils import epath
 Arrays = dict[str, np.ndarray]
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle")
+GRAPHS = (".stablehlo", ".onnx")  # to run, not to read
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {  # the library's own reader knows no bfloat16
@@ -45,6 +46,8 @@ def read_arrays(path: epath.Path) -> Arrays:
         return _read_npz(path)
     if suffix == ".safetensors":
         return _read_safetensors(path)
+    if suffix in GRAPHS:
+        raise ValueError(f"{path} is a whole graph; export the weights by --format=safetensors.")
     raise ValueError(f"{path} is neither .safetensors nor .npz; convert it to one of them.")
 
 

@@ -126,7 +126,7 @@ def _foreign(
     known = facts.known | {"num_heads": _agreed(facts.known["num_heads"], hints["num_heads"])}
     if hints["image_size"] and not known.get("image_size"):
         known["image_size"] = _size_of_table(params, hints["image_size"])
-    params, backbone, notes = infer_backbone(params, known)
+    params, backbone, notes = infer_backbone(params, known, bare=layout is not GOOGLE)
     report.notes += notes
     head, hidden = params.get("head/fc/kernel"), params.get("head/pre_logits/kernel")
     spec = Spec(

@@ -9,6 +9,7 @@ from vit_jax.interop.facts import Facts
 from vit_jax.interop.layouts import BIG_VISION, GOOGLE
 from vit_jax.interop.spec import Spec
 from vit_jax.interop.tables import Layout, Params, write
+from vit_jax.preprocess import HALF
 
 SCANNED = re.compile(r"(.*Transformer/encoderblock)/(.*)")
 
@@ -66,6 +67,21 @@ def export(params: Params, spec: Spec) -> Params:
         )
     layout, heads = _layout(spec), spec.backbone["num_heads"]
     return write(layout, params, num_heads=heads)
+
+
+def left_out(spec: Spec) -> list[str]:
+    """What google's names have no room for, and their readers take for granted."""
+    notes = []
+    if (spec.mean, spec.std) != (HALF, HALF):
+        said = [" ".join(f"{x:.4g}" for x in values) for values in (spec.mean, spec.std)]
+        notes.append(f"left out: normalisation by mean {said[0]}, std {said[1]}; readers take 0.5")
+    default = Facts(pool=spec.pool, known={})
+    crop = (default.crop_fraction, default.interpolation)
+    if (spec.crop_fraction, spec.interpolation) != crop:
+        notes.append(f"left out: how images are resized; readers take a crop of {crop[0]}")
+    if spec.class_names:
+        notes.append("left out: class names")
+    return notes
 
 
 def _layout(spec: Spec) -> Layout:

@@ -120,12 +120,15 @@ def _tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def infer_backbone(params: Params, known: Mapping[str, Any]) -> tuple[Params, dict, list[str]]:
+def infer_backbone(
+    params: Params, known: Mapping[str, Any], *, bare: bool = True
+) -> tuple[Params, dict, list[str]]:
     """`VisionTransformer`'s arguments from shapes.
 
     Args:
       params: by our names.
       known: arguments that the source tells; None values count as not told.
+      bare: whether the table may lack rows for the prefix tokens, as DeiT-III's does.
 
     Returns:
       The parameters with a position row for every prefix token (zeros where the source adds
@@ -165,7 +168,7 @@ def infer_backbone(params: Params, known: Mapping[str, Any]) -> tuple[Params, di
     if "num_heads" not in known:
         options["num_heads"], note = _guess_heads(dim)
         notes.append(note)
-    params, places, more = _place(params, options, known)
+    params, places, more = _place(params, options, known, bare)
     return params, options | places | known | {"image_size": places["image_size"]}, notes + more
 
 
@@ -176,7 +179,7 @@ def _guess_heads(dim: int) -> tuple[int, str]:
     return heads, f"num_heads={heads}: {HEAD_DIM} channels a head, as is the custom; or --num_heads"
 
 
-def _place(params, options, known) -> tuple[Params, dict[str, Any], list[str]]:
+def _place(params, options, known, bare) -> tuple[Params, dict[str, Any], list[str]]:
     """The table with all its rows, image_size and pos_embed."""
     patch = options["patch_size"]
     size = known.get("image_size")
@@ -189,8 +192,7 @@ def _place(params, options, known) -> tuple[Params, dict[str, Any], list[str]]:
     prefix = options["cls_token"] + options["dist_token"]
     registers = options["num_reg_tokens"]
     grids = [tuple(s // p for s, p in zip(size, patch, strict=True))] if size else []
-    counts = {prefix + registers: "with registers", prefix: "", 0: "bare"}
-    for rows in counts:
+    for rows in dict.fromkeys([prefix + registers, prefix, *([0] if bare else [])]):
         side = math.isqrt(max(len(table) - rows, 0))
         square = bool(side) and side * side == len(table) - rows
         grid = next((g for g in grids if math.prod(g) == len(table) - rows), None)
@@ -208,7 +210,7 @@ def _place(params, options, known) -> tuple[Params, dict[str, Any], list[str]]:
         return params | {"backbone/pos_embed": table}, places, notes
     raise ValueError(
         f"the position table of {len(table)} rows is no square grid with {prefix} prefix tokens; "
-        "tell the image's height and width by --image_size."
+        "tell the image's height and width as image_size."
     )
 
 
