@@ -150,7 +150,7 @@ class Parts:
 def train_step(
     parts: Parts, state: TrainState, batch: Batch, *, axis: str | None = None
 ) -> tuple[TrainState, Metrics]:
-    """One update of everything; where a number is not finite, of the step counter alone.
+    """One update of everything; where loss or gradients are not finite, of the step counter alone.
 
     Args:
       parts: see `Parts`.
@@ -188,10 +188,12 @@ def train_step(
 
     norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
     new = TrainState(state.step, params, non_trainable, opt_state, ema)
-    # Optimisers' states are made of gradients and their squares, as these norms are: looking at
-    # the states too would read all of them once more.
-    finite = all_finite((loss, norms, non_trainable))
-    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    # What decides must be known before the pass over all parameters and states that updates them:
+    # asking the updates or the states as well would be a pass of its own. Finite gradients make
+    # finite states; an update that is not finite all the same is told, and its state never saved.
+    healthy = all_finite((loss, norms["grad_norm"], non_trainable))
+    new = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), new, state)
+    finite = healthy & jnp.isfinite(norms["update_norm"])
     metrics = {
         name: total / jnp.maximum(count, 1) for name, (total, count) in output.metrics.items()
     }
