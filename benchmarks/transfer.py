@@ -9,8 +9,8 @@ for its classes by name.
 
 There is one pretraining. An arm's learning rate is the best of three on the last fifth of the
 training split, trained on the rest, with the first seed. Then each seed trains on the whole split;
-printed are the mean and the standard deviation of accuracies on the test split. The last line is JSON. A finished
-run in --out is not run again, an interrupted one goes on.
+printed are the mean and the standard deviation of accuracies on the test split. The last line is
+JSON. A finished run in --out is not run again, an interrupted one goes on.
 """
 
 import argparse
@@ -140,10 +140,10 @@ def measure(task, folder):
 
     def pretrain():
         half = [f"--config.{leaf}={task.low}" for leaf in ("data.name", "evals.test.dataset")]
-        return run("pretraining-0", task.recipe, *half)
+        return run("pretraining", task.recipe, *half)
 
     def transfer(name, arm, rate, seed, *flags):
-        source = f"init_from={folder}/runs/pretraining-0"
+        source = f"init_from={folder}/runs/pretraining"
         config = f"transfer.py:name={task.high},{source},{task.shape},{ARMS[arm]}"
         flags = f"--config.seed={seed}", "--config.save_every=0", *flags
         return run(name.replace(" ", "-"), f"{config},learning_rate={rate}", *flags)
