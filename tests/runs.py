@@ -70,6 +70,22 @@ def save_recipe(config: ConfigDict, path: pathlib.Path) -> str:
     return str(path)
 
 
+def save_sweep(folder: pathlib.Path, data_dir: str, **changes) -> str:
+    """The file of a sweep over the digits, as a flag: three evaluations, and no checkpoint yet."""
+    digits = {"dataset": "digits", "data_dir": data_dir, "batch_size": 120}
+    values = {
+        "checkpoints": {"runs": []},
+        "datasets": {"digits": digits | {"augment": {"name": "none"}}},
+        "evals": {
+            "own": {"name": "classification"},
+            "knn": {"name": "knn", "k": [5]},
+            "few": {"name": "fewshot", "shots": [5]},
+        },
+        "training": {},
+    }
+    return f"--config={save_recipe(ConfigDict(values | changes), folder / 'sweep.py')}"
+
+
 def start(*argv, log: pathlib.Path, devices: int | None = None, code: str = "") -> subprocess.Popen:
     """`vit-jax argv…` as a process that writes to `log`; `code` runs in it beforehand."""
     environment = dict(os.environ, PYTHONUNBUFFERED="1")

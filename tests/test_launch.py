@@ -14,9 +14,11 @@ import pytest
 import yaml
 from kubernetes_validate import validate
 
-from tests.runs import rows, save_recipe, short, steps_on_disk
+from tests.runs import rows, save_recipe, save_sweep, short, steps_on_disk
 from vit_jax import cli
+from vit_jax import launch as launch_lib
 from vit_jax.launch import LocalJob, jobset, slurm_script
+from vit_jax.sweep.store import Store
 
 TRAIN = ["train", "--config=digits:debug", "--workdir=runs/a b"]
 SWEEP = [["evaluate", f"--workdir=runs/{name}"] for name in "xyz"]
@@ -44,6 +46,26 @@ def test_the_processes_are_told_who_they_are(tmp_path):
     environment = made._environment(2)
     assert environment["XLA_FLAGS"].endswith("--xla_force_host_platform_device_count=2")
     assert environment["JAX_PLATFORMS"] == "cpu"
+
+
+def test_workers_of_a_sweep_do_not_wait_for_each_other(tmp_path, monkeypatch, capfd):
+    made = LocalJob(["sweep", "--workdir=s"], num_processes=2)
+    assert made.arguments(1, 7)[1:] == ["-u", "-m", "vit_jax.cli", "sweep", "--workdir=s"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert made._environment(1)["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert [made._environment(i)["CUDA_VISIBLE_DEVICES"] for i in (0, 1)] == ["4", "6"]
+    # One is killed; the other outlives it by more than it would have in a training.
+    monkeypatch.setattr(launch_lib, "GRACE", 0.2)
+    code = f"""
+import os, pathlib, sys, time
+sys.argv[1] == "1" and os.kill(os.getpid(), 9)
+time.sleep(1.5)
+pathlib.Path({str(tmp_path)!r}, "ended").touch()
+"""
+    made.arguments = lambda index, port: [sys.executable, "-c", code, str(index)]
+    assert made.run() == 137 and (tmp_path / "ended").exists()
+    assert "process 1 ended with code 137" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -219,6 +241,25 @@ def test_the_slurm_script_is_a_shell_script_and_takes_arrays(tmp_path):
     assert (done.returncode, done.stdout) == (1, "ran evaluate --workdir=runs/y\n")
 
 
+def test_an_array_of_workers_of_one_sweep(capfd):
+    command = ["--dry_run", "--array=3", "--", "sweep", "--config=s.py", "--workdir=s"]
+    assert cli.main(["launch", "slurm", *command]) == 0
+    script = capfd.readouterr().out
+    assert "#SBATCH --array=0-2\n" in script
+    assert script.count("vit-jax sweep --config=s.py --workdir=s ;;") == 3
+    one_host = ["--image=i", "--topology=v5e:2x2", "--name=s"]
+    assert cli.main(["launch", "gke", *one_host, *command]) == 0
+    manifests = list(yaml.safe_load_all(capfd.readouterr().out))
+    assert [each["metadata"]["name"] for each in manifests] == ["s-0", "s-1", "s-2"]
+    (slices,) = manifests[0]["spec"]["replicatedJobs"]
+    (container,) = slices["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["vit-jax", "sweep", "--config=s.py", "--workdir=s"]
+    assert cli.main(["launch", "gke", *one_host, "--topology=v5e:4x4", *command]) == 1
+    assert "sweep runs on one host" in capfd.readouterr().err
+    assert cli.main(["launch", "slurm", "--array=0", "--", "sweep", "--workdir=s"]) == 1
+    assert "nothing to run" in capfd.readouterr().err
+
+
 SLURM_CONF = """
 ClusterName=test
 SlurmctldHost={host}
@@ -347,3 +388,21 @@ def test_slurm_preempts_requeues_and_finishes(slurm, data_dir, tmp_path, monkeyp
     assert steps_on_disk(workdir)[-1] == 150
     assert [row["step"] for row in rows(workdir) if "train/loss" in row] == [*range(5, 151, 5)]
     assert "Restarts=1" in _output("scontrol", "show", "job", number)
+
+
+@pytest.mark.slow
+def test_an_array_job_of_slurm_shares_a_sweep(slurm, data_dir, tmp_path, monkeypatch):
+    executable(tmp_path / "vit-jax", f'#!/bin/bash\nexec {sys.executable} -m vit_jax.cli "$@"\n')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    recipe = save_recipe(short(data_dir, save_every=3), tmp_path / "recipe.py")
+    config = save_sweep(tmp_path, data_dir, training={"config": recipe, "leaves": {"seed": [0, 1]}})
+    flags = ["--array=2", f"--output={tmp_path}/log-%a", "--", "sweep", config]
+    assert cli.main(["launch", "slurm", *flags, f"--workdir={tmp_path}/sweep"]) == 0
+    logs = [tmp_path / "log-0", tmp_path / "log-1"]
+    _until(lambda: all(x.exists() and "12 results in" in x.read_text() for x in logs), 240, slurm)
+    results = Store(tmp_path / "sweep").results().values()
+    assert len(results) == 12  # of both runs: steps 3 and 6, three evaluations
+    said = "".join(log.read_text() for log in logs)
+    for result in results:  # each by one of the two
+        assert said.count(f"done    {result['unit']['id']} ") == 1
+    assert len({result["worker"] for result in results}) == 2

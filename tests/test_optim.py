@@ -112,6 +112,7 @@ def test_steps_that_just_fit_are_fine(options):
         ({"learning_rate": -1.0}, "learning_rate=-1.0.*must not be negative"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0.*must not be negative"),
         ({"clip_norm": -1.0}, "clip_norm=-1.0.*must not be negative"),
+        ({"eps": 0.0}, "eps=0.0 must be positive"),
         ({"layer_decay": 0.0}, "layer_decay=0.0 must be over 0 and at most 1.0"),
         ({"layer_decay": 1.5}, "layer_decay=1.5 must be over 0 and at most 1.0"),
     ],

@@ -29,14 +29,39 @@ PIPELINE_TRIPS = 2
 """Of a grid's loop beyond its cells, which fetch the first operands and store the last results and
 skip the work between."""
 
-SUFFIX = "-final_bundles.txt"
-"""Of the files that are wanted."""
-
 DTYPES = {
     **{"bf16": "bfloat16", "f16": "float16", "f32": "float32", "pred": "bool"},
     **{"s8": "int8", "u8": "uint8", "s16": "int16", "s32": "int32", "u32": "uint32"},
 }
 """HLO's names and NumPy's."""
+
+
+def dump_flags(folder: str) -> str:
+    """LIBTPU_INIT_ARGS, for before libtpu is loaded, with which the compiler dumps final bundles.
+
+    It then compiles slowly, so that a whole step takes ten minutes.
+    """
+    flags = {
+        "xla_jf_dump_to": folder,
+        "xla_jf_dump_llo_text": "true",
+        "xla_jf_dump_llo_pass_label_regex": "final_bundles",
+    }
+    return " ".join(f"--{name}={value}" for name, value in flags.items())
+
+
+def take_dump(folder: str, name: str) -> str:
+    """The dump of the one instruction of that name (or pattern); its file is removed.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    paths = sorted(Path(folder).glob(f"*-{name}-[0-9]*-final_bundles.txt"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} has no dump of {name}: was it set by LIBTPU_INIT_ARGS?")
+    text = paths[0].read_text()
+    for path in paths:
+        path.unlink()
+    return text
 
 
 @dataclasses.dataclass(eq=False)
@@ -150,36 +175,54 @@ def kernels(module: hlo.Module, chip: Chip, topology: str) -> list[Kernel]:
     Raises:
       RuntimeError: the compiler refused a kernel alone; the message is its own.
     """
-    different: dict[str, hlo.Instruction] = {}  # what the compiler sees of it -> one of them
+    different: dict[str, tuple[str, hlo.Instruction]] = {}  # what the compiler sees -> one of them
     times: collections.Counter = collections.Counter()
     for computation, instruction, runs, _ in module.visits():
         if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
             key = _key(module.defined[computation], instruction)
             different.setdefault(key, (computation, instruction))
             times[key] += runs
-    found = []
     texts = _compile([json.loads(key) for key in different], topology)
-    for (key, (computation, instruction)), text in zip(different.items(), texts, strict=True):
-        program = parse(text)
-        cells = max((loop.cells or 1 for loop in program.inside if loop.is_grid), default=1)
-        bundles, rows = program.total()
-        traffic = _traffic(module.defined[computation], instruction, chip)
-        found.append(
-            Kernel(
-                name=re.sub(r"[.\d]+$", "", instruction.name),
-                cells=cells,
-                bundles=bundles,
-                rows=rows,
-                traffic=round(traffic),
-                overhead=round(cells * GRID_SECONDS * chip.clock + traffic / cells),
-                times=times[key],
-                op_name=instruction.op_name,
-            )
-        )
-    return found
+    return [
+        cost(module.defined[computation], instruction, text, chip, times=times[key])
+        for (key, (computation, instruction)), text in zip(different.items(), texts, strict=True)
+    ]
 
 
-def _traffic(defined: dict[str, hlo.Instruction], call: hlo.Instruction, chip: Chip) -> float:
+def cost(
+    defined: Mapping[str, hlo.Instruction],
+    instruction: hlo.Instruction,
+    text: str,
+    chip: Chip,
+    *,
+    times: float = 1,
+) -> Kernel:
+    """What an instruction takes, a kernel or any other that is one program of its own.
+
+    Args:
+      defined: the instructions around it by name.
+      instruction: of the compiled program.
+      text: the dump of its bundles.
+      chip: that it was compiled for.
+      times: how often a run of the program runs it.
+    """
+    program = parse(text)
+    cells = max((loop.cells or 1 for loop in program.inside if loop.is_grid), default=1)
+    bundles, rows = program.total()
+    traffic = _traffic(defined, instruction, chip)
+    return Kernel(
+        name=re.sub(r"[.\d]+$", "", instruction.name),
+        cells=cells,
+        bundles=bundles,
+        rows=rows,
+        traffic=round(traffic),
+        overhead=round(cells * GRID_SECONDS * chip.clock + traffic / cells),
+        times=times,
+        op_name=instruction.op_name,
+    )
+
+
+def _traffic(defined: Mapping[str, hlo.Instruction], call: hlo.Instruction, chip: Chip) -> float:
     """Cycles that moving a call's arrays takes; what lies in the chip's own memory stays there."""
     operands = [defined[name] for name in call.operands if name in defined]
     arrays = [array for each in (call, *operands) for array in each.arrays]
@@ -202,13 +245,7 @@ def _compile(calls: Sequence[Mapping], topology: str) -> list[str]:
     if not calls:
         return []
     with tempfile.TemporaryDirectory() as folder:
-        flags = {
-            "xla_jf_dump_to": folder,
-            "xla_jf_dump_llo_text": "true",
-            "xla_jf_dump_llo_pass_label_regex": "final_bundles",
-        }
-        flags = " ".join(f"--{name}={value}" for name, value in flags.items())
-        environment = os.environ | {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
+        environment = os.environ | {"LIBTPU_INIT_ARGS": dump_flags(folder), "JAX_PLATFORMS": "cpu"}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what comes from there leaves no dump
         given = json.dumps({"calls": calls, "topology": topology, "folder": folder})
         command = [sys.executable, "-m", "vit_jax.bundles"]
@@ -247,9 +284,7 @@ def _compile_here() -> None:
         places = [each.sharding for each in results]
         operands = [shape(*each) for each in call["operands"]]
         jax.jit(kernel, out_shardings=places).lower(*operands).compile()
-        (path,) = Path(given["folder"]).glob(f"*ffi_call*{SUFFIX}")
-        texts.append(path.read_text())
-        path.unlink()
+        texts.append(take_dump(given["folder"], "ffi_call*"))
     print(json.dumps(texts))
 
 

@@ -37,7 +37,9 @@ TPUS = {
 class LocalJob:
     """N processes of one command on this machine, started again where a restart helps.
 
-    Process 0 writes to this terminal, process k to `logs/00k/log`.
+    Process 0 writes to this terminal, process k to `logs/00k/log`. Those of a training are one job:
+    where one dies, all of them end. Those of any other command, such as a sweep's workers, know
+    nothing of each other.
 
     Args:
       command: of `vit-jax`, such as ['train', '--config=digits', '--workdir=runs/digits'].
@@ -65,6 +67,7 @@ class LocalJob:
         self.command, self.num_processes = list(command), num_processes
         self.devices_per_process, self.max_restarts = devices_per_process, max_restarts
         self.logs, self.stopping = logs, False
+        self.together = self.command[0] == "train"
         self.children: list[subprocess.Popen] = []
 
     def run(self) -> int:
@@ -107,13 +110,15 @@ class LocalJob:
         codes: list[int] = []
         while any(child.poll() is None for child in self.children):
             failed = [_code(child) for child in self.children if child.poll()]
-            if failed and deadline is None:
+            if failed and deadline is None and self.together:
                 codes, deadline = failed, time.monotonic() + GRACE
                 self._name_failed()
             if deadline is not None and time.monotonic() > deadline:
                 for child in self.children:
                     child.kill()
             time.sleep(0.05)
+        if not self.together:
+            self._name_failed()
         codes = codes or [_code(child) for child in self.children]
         # Of those that ended first; a death by a signal explains an error beside it.
         return max(codes, default=EXIT_PREEMPTED)
@@ -129,9 +134,10 @@ class LocalJob:
 
     def arguments(self, index: int, port: int | str) -> list[str]:
         """What process `index` is, where process 0 listens at a port."""
-        who = [f"--coordinator=localhost:{port}", f"--num_processes={self.num_processes}"]
-        who += [f"--process_id={index}"]
-        python = [sys.executable, "-u", "-m", "vit_jax.cli"]
+        python, who = [sys.executable, "-u", "-m", "vit_jax.cli"], []
+        if self.together:
+            who = [f"--coordinator=localhost:{port}", f"--num_processes={self.num_processes}"]
+            who += [f"--process_id={index}"]
         return [*python, self.command[0], *who, *self.command[1:]]
 
     def _start(self, index: int, port: int) -> subprocess.Popen:
@@ -154,8 +160,13 @@ class LocalJob:
 
     def _environment(self, index: int) -> dict[str, str]:
         environment = dict(os.environ)
-        if self.devices_per_process is None:
+        if self.devices_per_process is None and self.together:
             environment["JAX_LOCAL_DEVICE_IDS"] = str(index)
+        elif self.devices_per_process is None:  # jax reads the other one in a job of several alone
+            given = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = (
+                given[index] if index < len(given) > 1 else f"{index}"
+            )
         else:
             flag = "--xla_force_host_platform_device_count"
             others = environment.get("XLA_FLAGS", "").split()
@@ -293,6 +304,12 @@ def jobset(
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
         raise ValueError(f"--name={name} must be lower-case letters, digits and -, at most 40.")
     _check_commands(commands)
+    alone = next((each[0] for each in commands if each[0] != "train"), "")
+    if alone and chips // per_host * num_slices > 1:
+        raise ValueError(
+            f"{alone} runs on one host, --topology={topology} has {chips // per_host}, slices "
+            f"{num_slices}; take the topology of one host, and --array=N for more workers."
+        )
     return "---\n".join(
         render(
             "jobset.yaml",

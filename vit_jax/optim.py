@@ -338,6 +338,8 @@ def make_optimizer(
             f"learning_rate={learning_rate}, weight_decay={weight_decay} and clip_norm={clip_norm} "
             "must not be negative."
         )
+    if eps <= 0:
+        raise ValueError(f"eps={eps} must be positive: it keeps a zero gradient from 0 / 0.")
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay={layer_decay} must be over 0 and at most 1.0, for none.")
     learning_rates = make_schedule(

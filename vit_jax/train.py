@@ -17,7 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
-from vit_jax.axes import named, splitting
+from vit_jax.axes import gathered, named, splitting
 from vit_jax.data.sources import DatasetInfo
 from vit_jax.interop.start import start_from
 from vit_jax.models.vit import make_vit
@@ -31,7 +31,7 @@ from vit_jax.sharding import (
     place_tree,
     replicated,
 )
-from vit_jax.tree import all_finite, num_params
+from vit_jax.tree import all_finite, map_named, num_params
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -150,7 +150,7 @@ class Parts:
 def train_step(
     parts: Parts, state: TrainState, batch: Batch, *, axis: str | None = None
 ) -> tuple[TrainState, Metrics]:
-    """One update of everything; where a number is not finite, of the step counter alone.
+    """One update of everything; where loss or gradients are not finite, of the step counter alone.
 
     Args:
       parts: see `Parts`.
@@ -166,7 +166,7 @@ def train_step(
     valid = jnp.maximum(sum_over(batch["mask"].sum(), axis), 1)
 
     def loss_fn(params, batch, keys):
-        backbone, objective = parts.merge(params, state.non_trainable)
+        backbone, objective = parts.merge(_gathered(params), state.non_trainable)
         loss, output = objective(backbone, batch, step=state.step, key=keys, train=True)
         if whole:
             return loss, output
@@ -188,10 +188,12 @@ def train_step(
 
     norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
     new = TrainState(state.step, params, non_trainable, opt_state, ema)
-    # Optimisers' states are made of gradients and their squares, as these norms are: looking at
-    # the states too would read all of them once more.
-    finite = all_finite((loss, norms, non_trainable))
-    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    # What decides must be known before the pass over all parameters and states that updates them:
+    # asking the updates or the states as well would be a pass of its own. Finite gradients make
+    # finite states; an update that is not finite all the same is told, and its state never saved.
+    healthy = all_finite((loss, norms["grad_norm"], non_trainable))
+    new = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), new, state)
+    finite = healthy & jnp.isfinite(norms["update_norm"])
     metrics = {
         name: total / jnp.maximum(count, 1) for name, (total, count) in output.metrics.items()
     }
@@ -199,6 +201,12 @@ def train_step(
     rejected = sum_over((~batch["mask"]).sum(), axis)  # in training there is no other padding
     metrics |= norms | {"learning_rate": learning_rate, "finite": finite, "rejected": rejected}
     return new._replace(step=state.step + 1), {"loss": loss} | metrics
+
+
+def _gathered(params: Any) -> Any:
+    """The parameters as products want them; blocks gather their own, one after another."""
+    blocks = re.compile(r"\bblocks/")
+    return map_named(lambda name, x: x if blocks.search(name) else gathered(x, name), params)
 
 
 def accumulate(function: Callable, arguments: Any, *, num_parts: int, together: int) -> Any:

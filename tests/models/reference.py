@@ -248,11 +248,16 @@ def equations(jaxpr):
 
 
 def dot_flops(jaxpr):
-    """Two for each multiply-add of every matrix product."""
+    """Two for each multiply-add of every matrix product and (without padding) convolution."""
     total = 0
     for eqn, times in equations(jaxpr):
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             terms = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * times * terms * math.prod(eqn.outvars[0].aval.shape)
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            terms = math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        else:
+            continue
+        total += 2 * times * terms * math.prod(eqn.outvars[0].aval.shape)
     return total

@@ -4,6 +4,8 @@ import pytest
 
 from tests.report.pages import HOSTILE, IMAGE, Opened, browser, write_run
 from vit_jax.commands import report
+from vit_jax.report.markup import UPRIGHT, table
+from vit_jax.report.page import Page
 
 pytest.importorskip("plotly", reason="needs the extra 'report'")
 pytest.importorskip("itables", reason="needs the extra 'report'")
@@ -125,6 +127,23 @@ def test_nothing_is_cut_on_paper(page):
     page.page.evaluate("dispatchEvent(new Event('afterprint'))")
     page.page.set_viewport_size({"width": 1280, "height": 800})
     assert cut == []
+
+
+def test_a_table_of_many_columns_is_printed_across(tmp_path, chromium):
+    heads = ["model", "step", *(f"a_long_name_of_a_dataset_{n}" for n in range(UPRIGHT))]
+    rows = [["one", 100, *([0.5] * UPRIGHT)]]
+    for name, columns in (("wide", len(heads)), ("narrow", UPRIGHT)):
+        page = Page("run", name, "", [])
+        page.add("Leaderboard", table(heads[:columns], [row[:columns] for row in rows]))
+        path = tmp_path / f"{name}.html"
+        path.write_text(page.render())
+        opened = Opened(chromium, path)
+        opened.page.set_viewport_size({"width": 1010, "height": 690})  # A4 across
+        opened.page.emulate_media(media="print")
+        where = opened.page.locator(".scroll").evaluate("one => getComputedStyle(one).page")
+        assert where == ("across" if name == "wide" else "auto")
+        fits = "one => one.getBoundingClientRect().right <= innerWidth"
+        assert name == "narrow" or opened.page.locator("table").evaluate(fits)
 
 
 @pytest.mark.parametrize("scheme", ["dark", "light"])

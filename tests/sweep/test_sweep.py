@@ -1,9 +1,12 @@
 """Whole sweeps: in this process over a run that was trained for the test, and killed ones."""
 
 import contextlib
+import dataclasses
 import json
+import os
 import pathlib
 import random
+import re
 import shutil
 import time
 
@@ -12,21 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from tests.runs import call, run, save_recipe, short, start
+from tests.interop import models
+from tests.runs import call, ending, run, save_recipe, save_sweep, short, start
 from vit_jax import features
 from vit_jax.commands import sweep
+from vit_jax.data.sources import dataset_info
+from vit_jax.interop.export import export
 from vit_jax.metrics import read_run_rows
 from vit_jax.sweep import units as units_lib
 from vit_jax.sweep.checkpoints import Finder
 from vit_jax.sweep.store import Store
 from vit_jax.sweep.training import variations
-
-SWEEP = """
-from ml_collections import ConfigDict
-
-def get_config(arg=""):
-    return ConfigDict({values!r})
-"""
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +39,8 @@ def trained(data_dir, tmp_path_factory):
 
 def make(folder, data_dir, runs, **changes):
     """The file of a sweep over `runs`."""
-    digits = {"dataset": "digits", "data_dir": data_dir, "batch_size": 120}
-    values = {
-        "checkpoints": {"runs": [str(each) for each in runs]},
-        "datasets": {"digits": digits | {"augment": {"name": "none"}}},
-        "evals": {
-            "own": {"name": "classification"},
-            "knn": {"name": "knn", "k": [5]},
-            "few": {"name": "fewshot", "shots": [5]},
-        },
-        "training": {},
-    }
-    path = folder / "sweep.py"
-    path.write_text(SWEEP.format(values=values | changes))
-    return f"--config={path}"
+    checkpoints = {"checkpoints": {"runs": [str(each) for each in runs]}}
+    return save_sweep(folder, data_dir, **(checkpoints | changes))
 
 
 def rows(workdir):
@@ -76,7 +63,13 @@ def test_a_sweep_does_each_thing_once(trained, data_dir, tmp_path, monkeypatch, 
     monkeypatch.setattr(units_lib, "extract", spy)
     programs = features._batch._cache_size()
     assert sweep.main([config, f"--workdir={workdir}"]) == 0
-    assert "6 results in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 results in" in said
+    took = re.findall(r"-(\d)-digits.*; (\d) feature sets extracted, (\d+) programs compiled", said)
+    assert len(took) == 6 and sum(int(sets) for _, sets, _ in took) == 4
+    # The second checkpoint needs no program that the first did not.
+    assert sum(int(programs) for step, _, programs in took if step == "3") > 0
+    assert not sum(int(programs) for step, _, programs in took if step == "6")
     # Of both checkpoints, all that is wanted of a split at once.
     assert sorted(calls) == 2 * [("logits", "pooled")] + 2 * [("pooled",)]
     assert features._batch._cache_size() - programs == 2  # one for each set of names
@@ -155,6 +148,60 @@ def test_watching_brings_results_to_the_run(trained, data_dir, tmp_path, monkeyp
     assert sweep.main(argv) == 0
     assert len((path / "sweep.jsonl").read_text().splitlines()) == 2  # each once
     assert list((path / "tensorboard" / "sweep").iterdir())
+
+
+@pytest.mark.slow
+def test_a_watcher_evaluates_while_the_training_goes_on(data_dir, tmp_path):
+    run_dir = tmp_path / "run"
+    leaves = {"total_steps": 10**6, "save_every": 300, "log_every": 50, "eval_every": 10**6}
+    recipe = save_recipe(short(data_dir, train__keep=100, **leaves), tmp_path / "recipe.py")
+    config = make(tmp_path, data_dir, [run_dir], evals={"knn": {"name": "knn", "k": [5]}})
+    where = {"log": tmp_path / "log", "devices": 1}
+    # As idle as it is, it would get nothing to do on a machine that is busy with other tests.
+    less_idle = "from vit_jax.commands import sweep; sweep.NICENESS = 1"
+    argv = ["sweep", config, f"--workdir={tmp_path}/sweep", "--watch"]
+    watcher = start(*argv, code=less_idle, **where)
+    with (
+        ending(watcher),
+        ending(start("train", f"--config={recipe}", f"--workdir={run_dir}", **where)) as training,
+    ):  # the watcher was there first
+        found, end = run_dir / "sweep.jsonl", time.monotonic() + 500
+        while not found.exists() or len(found.read_text().splitlines()) < 2:
+            assert time.monotonic() < end and training.poll() is None, where["log"].read_text()
+            time.sleep(0.2)
+        assert training.poll() is None and watcher.poll() is None
+        assert os.getpriority(os.PRIO_PROCESS, watcher.pid) == 1
+        for process in (watcher, training):
+            process.terminate()
+            assert process.wait(60) == 75
+    added = [json.loads(line) for line in found.read_text().splitlines()]
+    assert all(row["step"] % 300 == 0 and 0 <= row["digits_knn/top1"] <= 1 for row in added)
+    assert list((run_dir / "tensorboard" / "sweep").iterdir())
+    logged = (run_dir / "metrics.jsonl").read_text()  # the training's alone
+    assert "train/loss" in logged and "digits_knn" not in logged
+
+
+@pytest.mark.slow
+def test_imported_models_stand_beside_runs(trained, data_dir, tmp_path):
+    names = dataset_info("digits", data_dir=data_dir).class_names
+    made = models.spec(num_classes=10, image_size=(8, 8), patch_size=(4, 4))
+    made = models.source(dataclasses.replace(made, class_names=names))
+    paths = [tmp_path / "folder", tmp_path / "m.safetensors", tmp_path / "m.npz"]
+    for format, path in zip(("huggingface", "safetensors", "npz"), paths, strict=True):
+        export(made, format=format, out=path)
+    where = {"models": list(map(str, paths)), "runs": [str(trained)], "steps": "last"}
+    config = make(tmp_path, data_dir, [], checkpoints=where)
+    assert sweep.main([config, f"--workdir={tmp_path}/sweep"]) == 0
+    found = {
+        (row["checkpoint"], row["eval"], row["metric"]): row for row in rows(tmp_path / "sweep")
+    }
+    for path in paths:
+        few, own = (found[str(path), name, "top1"] for name in ("few", "own"))
+        assert few["count"] == own["count"] == 360 and few["step"] is None
+    for name, metric in (("own", "loss"), ("own", "top1"), ("knn", "top1"), ("few", "top1")):
+        one, two = (found[str(path), name, metric]["value"] for path in paths[:2])
+        assert one == pytest.approx(two, abs=1e-5), (name, metric)
+    assert found[str(trained), "own", "top1"]["step"] == 6
 
 
 @pytest.mark.parametrize(

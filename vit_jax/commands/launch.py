@@ -19,7 +19,8 @@ USAGE = """vit-jax launch: starts a job of many processes.
   vit-jax launch tpu-vm --name=vit --zone=ZONE --accelerator=v4-32 --runtime_version=V -- …
 
 What follows `--` is for `vit-jax train` (`-- --config=… --workdir=…`), or begins with another
-command's name. With --array=FILE there is a job for each line of the file, which is added to it.
+command's name. With --array=FILE there is a job for each line of the file, which is added to it;
+with --array=N there are N of the same, such as the workers of a sweep, which share its folder.
 --dry_run prints what would be run."""
 
 
@@ -38,7 +39,9 @@ def main(argv: list[str]) -> int:
 
     def define_all(values: flags.FlagValues) -> None:
         where = {"flag_values": values}
-        flags.DEFINE_string("array", None, "File with a line of flags for each job.", **where)
+        flags.DEFINE_string(
+            "array", None, "How many jobs, or a file with a line of flags for each.", **where
+        )
         flags.DEFINE_bool("dry_run", False, "Only print what would be run.", **where)
         flags.DEFINE_integer("max_restarts", 3, "After a death or a preemption.", **where)
         define(where)
@@ -63,6 +66,8 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 def _commands(array: str | None, command: list[str]) -> list[list[str]]:
     if array is None:
         return [command]
+    if array.isdigit():
+        return [command] * int(array)
     lines = pathlib.Path(array).read_text().splitlines()
     return [[*command, *shlex.split(line)] for line in lines if line.strip()]
 

@@ -110,14 +110,16 @@ class PatchEmbed(nnx.Module):
             return self._embed(images)
 
     def _embed(self, images):
-        batch, height, width, channels = images.shape
-        rows, columns = height // self.patch_size[0], width // self.patch_size[1]
-        x = images.reshape(
-            batch, rows, self.patch_size[0], columns, self.patch_size[1], channels
-        ).astype(self.dtype)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
-        kernel = self.kernel[...].astype(self.dtype).reshape(x.shape[-1], -1)
-        return x @ kernel + self.bias[...].astype(self.dtype)
+        # A convolution, not a product of rearranged pixels: the TPU compiler then writes no
+        # transposed copy of the images, forward or for the kernel's gradient.
+        x = jax.lax.conv_general_dilated(
+            images.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            window_strides=self.patch_size,
+            padding="VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # [batch, rows, columns, dim]
+        return x.reshape(len(x), -1, x.shape[-1]) + self.bias[...].astype(self.dtype)
 
 
 class Attention(nnx.Module):

@@ -50,6 +50,9 @@ def join(children: Any) -> Html:
     return Html(html.escape(str(children)))
 
 
+UPRIGHT = 9  # columns that an upright sheet of paper has room for
+
+
 def table(
     heads: list[Any], rows: list[list[Any]], *, class_: str = "", sortable: bool = False
 ) -> Html:
@@ -67,13 +70,10 @@ def table(
     body = [
         el("tr", [_cell(cell, kind) for cell, kind in zip(row, kinds, strict=True)]) for row in rows
     ]
-    found = el(
-        "table",
-        el("thead", el("tr", head)),
-        el("tbody", body),
-        class_=f"{class_} sortable".strip() if sortable else class_ or None,
-    )
-    return el("div", found, class_="scroll")
+    classes = f"{class_} sortable".strip() if sortable else class_ or None
+    found = el("table", el("thead", el("tr", head)), el("tbody", body), class_=classes)
+    # A table of many columns is printed on sheets that lie across.
+    return el("div", found, class_="scroll across" if len(heads) > UPRIGHT else "scroll")
 
 
 class Cell:

@@ -1,9 +1,11 @@
 """Units of work: which there are, and doing one."""
 
+import collections
+import contextlib
 import functools
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -109,26 +111,40 @@ class Evaluator:
         self.check_stop = check_stop
         self.cache = FeatureCache(store.folder / "features")
         self.mesh = make_mesh()
-        self.extracted = 0  # feature sets, by this process
+        self.extracted, self._computing = 0, 0.0  # feature sets, and seconds, of this process
         self._model: tuple[str, Model] | None = None
         self._evaluations: dict[tuple, Evaluation] = {}
 
-    def __call__(self, unit: Unit, checkpoint: Checkpoint) -> None:
-        """Measures and keeps the result.
+    def __call__(self, unit: Unit, checkpoint: Checkpoint) -> str:
+        """Measures and keeps the result; answers what that took, in words.
 
         Raises:
           Busy: another worker extracts the features.
           ValueError, OSError, …: the unit fails.
         """
-        start = time.perf_counter()
+        start, extracted, computing = time.perf_counter(), self.extracted, self._computing
+        compiled = num_compiled()
         if checkpoint.error:
             raise OSError(checkpoint.error)
         evaluation = self._evaluation(checkpoint, unit.dataset, unit.eval)
         reader = _Reader(self, checkpoint, unit.dataset)
-        scores: Scores = evaluation.measure(reader)
+        with self._counted(reader):
+            scores: Scores = evaluation.measure(reader)
         values = [value._asdict() for value in scores.values]
         seconds = time.perf_counter() - start
         self.store.save_result(unit, values, scores.artefacts, seconds=seconds)
+        beside = time.perf_counter() - start - (self._computing - computing)
+        return (
+            f"{self.extracted - extracted} feature sets extracted, {num_compiled() - compiled} "
+            f"programs compiled, {beside:.2f} s beside computing"
+        )
+
+    @contextlib.contextmanager
+    def _counted(self, reader: "_Reader") -> Iterator[None]:
+        """Adds to the seconds of computing the block's, but those of getting features."""
+        start, waited = time.perf_counter(), reader.seconds
+        yield
+        self._computing += time.perf_counter() - start - (reader.seconds - waited)
 
     def model(self, checkpoint: Checkpoint) -> Model:
         """Its weights on the devices; programs are shared by all models of one shape."""
@@ -168,7 +184,10 @@ class Evaluator:
             wanted |= set(others)
         names = sorted(wanted - self.cache.names(key))
         options = {"put": self._put, "check_stop": self.check_stop}
-        self.cache.save(key, extract(model, evaluation.loader(split), names, **options))
+        start = time.perf_counter()
+        found = extract(model, evaluation.loader(split), names, **options)
+        self._computing += time.perf_counter() - start
+        self.cache.save(key, found)
         self.extracted += 1
 
     def _put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -192,18 +211,42 @@ class _Reader:
 
     def __init__(self, evaluator: Evaluator, checkpoint: Checkpoint, dataset: str):
         self._evaluator, self._checkpoint, self._dataset = evaluator, checkpoint, dataset
+        self.seconds = 0.0  # of getting the model and features
 
     @property
     def model(self) -> Model:
-        return self._evaluator.model(self._checkpoint)
+        return self._timed(self._evaluator.model, self._checkpoint)
 
     def features(self, evaluation: Evaluation, split: str) -> Features:
-        return self._evaluator.features(evaluation, self._checkpoint, self._dataset, split)
+        where = evaluation, self._checkpoint, self._dataset, split
+        return self._timed(self._evaluator.features, *where)
+
+    def _timed(self, get: Callable, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return get(*arguments)
+        finally:
+            self.seconds += time.perf_counter() - start
 
 
 def _augment(section: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
     augment = dict(plain(section.get("augment", AUGMENT)))
     return {"size": list(checkpoint.image_size)} | augment
+
+
+_EVENTS: collections.Counter[str] = collections.Counter()  # of jax, in this process
+
+
+def _count(event: str, *_: Any, **__: Any) -> None:
+    _EVENTS[event] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def num_compiled() -> int:
+    """How many programs this process has compiled by now, or read from the compilation cache."""
+    return _EVENTS["/jax/core/compile/backend_compile_duration"]
 
 
 @functools.lru_cache(maxsize=8)

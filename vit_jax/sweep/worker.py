@@ -23,12 +23,12 @@ class Task(NamedTuple):
     Attributes:
       id: of its lease and its failure.
       done: whether it was.
-      run: does it; raises `Busy` where another worker does a part of it.
+      run: does it, and may say what that took; raises `Busy` where another worker does a part.
     """
 
     id: str
     done: Callable[[], bool]
-    run: Callable[[], None]
+    run: Callable[[], str | None]
 
 
 def work(
@@ -74,7 +74,7 @@ def _attempt(store: Store, task: Task, say: Callable[[str], None]) -> bool:
             return False
         start = time.perf_counter()
         try:
-            task.run()
+            note = task.run()
         except Busy:
             return False
         except FAILURES as error:
@@ -82,5 +82,6 @@ def _attempt(store: Store, task: Task, say: Callable[[str], None]) -> bool:
             store.save_failure(task.id, line, traceback.format_exc())
             say(f"failed  {task.id}: {line}")
             return True
-        say(f"done    {task.id} ({time.perf_counter() - start:.1f} s)")
+        took = f"{time.perf_counter() - start:.1f} s" + (f"; {note}" if note else "")
+        say(f"done    {task.id} ({took})")
         return True
