@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from jax.sharding import AxisType
 
 from tests.recipes import tiny
 from tests.runs import assert_same_bits, deterministic_rows, run, short
@@ -16,7 +17,7 @@ from vit_jax import train as train_lib
 from vit_jax import trainer as trainer_lib
 from vit_jax.checkpoint import Checkpoints, unstack
 from vit_jax.data.sources import dataset_info
-from vit_jax.sharding import layout, make_mesh, pad_batch, put_batch, put_parts
+from vit_jax.sharding import AXES, layout, make_mesh, pad_batch, put_batch, put_parts
 from vit_jax.tree import named_leaves
 
 BATCH, STEPS = 32, 20
@@ -98,6 +99,27 @@ def test_every_mesh_gives_the_losses_of_one_device(data_dir, sizes, leaves):
     for key in wanted:
         tolerance = 1e-5 if key in ("loss", "accuracy") else 1e-4
         np.testing.assert_allclose(found[key], wanted[key], rtol=0, atol=tolerance, err_msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
+def test_fsdp_over_three_sides_of_a_torus_gives_the_same_losses(data_dir, scan):
+    """Matrices are split both ways, and gathered and scattered one way after the other."""
+    mesh = torus_mesh()
+    _, state = parts_and_state(data_dir, mesh, model__scan=scan)
+    kernel = state.params["backbone"]["blocks"]
+    kernel = (kernel if scan else kernel[0])["mlp"]["fc1"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[-2:] == (32 // 4, 64 // 2)
+    found = losses_on(data_dir, mesh, model__scan=scan)
+    wanted = losses_of_one_device(data_dir)
+    np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=0, atol=1e-4)
+
+
+def torus_mesh():
+    """As `make_mesh` has it for fsdp=8 over 2 × 2 × 2 chips, with the plane twice as large."""
+    devices = np.array(jax.devices()).reshape(1, 1, 4, 2, 1)
+    return jax.sharding.Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "chips": set(),
     "hlo": set(),
     "bundles": {"chips", "hlo"},
-    "plan": {"jax", "chips", "hlo", "sharding", "train"},
+    "plan": {"jax", "bundles", "chips", "hlo", "sharding", "train"},
     "checkpoint": {"jax", "flax", "orbax", "tree"},
     "exit_codes": set(),
     "runtime": {"jax", "exit_codes"},

@@ -1,10 +1,19 @@
+import types
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from vit_jax import hlo
+from vit_jax.axes import gathered, splitting
 from vit_jax.sharding import (
+    AXES,
+    Splitting,
+    batch_sharding,
     check_batch_size,
+    config_sizes,
     layout,
     make_mesh,
     pad_batch,
@@ -12,12 +21,13 @@ from vit_jax.sharding import (
     place_tree,
     put_batch,
     replicated,
+    split_fsdp,
 )
 
 
 def test_a_mesh_takes_all_devices_by_default():
     assert make_mesh().shape["data"] == jax.device_count() == make_mesh(data=8).shape["data"] == 8
-    assert make_mesh().axis_names == ("replica", "data", "fsdp", "tensor")
+    assert make_mesh().axis_names == ("replica", "data", "fsdp", "fsdp_z", "tensor")
     assert make_mesh(devices=jax.devices()[:2]).shape["data"] == 2
 
 
@@ -31,7 +41,26 @@ def test_a_mesh_takes_all_devices_by_default():
     ],
 )
 def test_one_size_of_a_mesh_may_be_left_open(sizes, shape):
-    assert tuple(make_mesh(**sizes).shape.values()) == shape
+    assert tuple(config_sizes(make_mesh(**sizes)).values()) == shape
+
+
+@pytest.mark.parametrize(
+    "sides, fsdp, parts",
+    [
+        ((4, 4, 4), 64, (16, 4)),
+        ((4, 4, 4), 16, (16, 1)),
+        ((8, 4, 4), 64, (32, 2)),
+        ((16, 16, 16), 4096, (16, 256)),  # a plane's parts would be less than a tile
+        ((16, 16, 16), 16, (16, 1)),
+        ((4, 4, 4), 24, (4, 6)),  # no whole planes
+        ((4, 4, 4), 27, (27, 1)),
+        ((16, 16, 1), 256, (16, 16)),
+        ((), 8, (8, 1)),
+    ],
+)
+def test_a_large_fsdp_over_a_torus_has_two_axes(sides, fsdp, parts):
+    devices = [types.SimpleNamespace(coords=place) for place in np.ndindex(sides)]
+    assert split_fsdp(fsdp, devices if sides else jax.devices()) == parts
 
 
 class Chip:
@@ -46,7 +75,7 @@ class Chip:
 def test_replicas_are_the_slices():
     chips = [Chip(number, number % 2) for number in range(8)]
     mesh = make_mesh(replica=2, data=2, fsdp=2, devices=chips)
-    assert mesh.devices.shape == (2, 2, 2, 1)
+    assert mesh.devices.shape == (2, 2, 2, 1, 1)
     for index in range(2):
         assert {chip.slice_index for chip in mesh.devices[index].flat} == {index}
     with pytest.raises(ValueError, match=r"replica=1 .* multiple of the 2 slices .* replica=2"):
@@ -139,3 +168,40 @@ def test_what_the_devices_do_not_divide_is_padded(size, padded):
     np.testing.assert_array_equal(out["image"][:size], batch["image"])
     assert not out["image"][size:].any()
     assert size < padded or out["image"] is batch["image"]  # the usual case copies nothing
+
+
+def test_a_parameter_is_gathered_and_its_gradient_scattered_on_every_axis():
+    shape = (1, 1, 4, 2, 1)
+    devices = np.array(jax.devices()).reshape(shape)
+    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    name = "blocks/0/mlp/fc1/kernel"
+    spec = place(name, (8, 16), mesh).spec
+    assert spec == PartitionSpec("fsdp", "fsdp_z")
+    rng = np.random.default_rng(0)
+    kernel = jax.device_put(rng.normal(size=(8, 16)).astype("f"), NamedSharding(mesh, spec))
+    x = jax.device_put(rng.normal(size=(32, 8)).astype("f"), batch_sharding(mesh))
+
+    def loss(kernel, x):
+        with splitting(Splitting(mesh)):
+            whole = gathered({"kernel": kernel}, "blocks/0/mlp/fc1/", jnp.bfloat16)["kernel"]
+        assert whole.dtype == jnp.bfloat16
+        return jnp.square(x.astype(jnp.bfloat16) @ whole).astype(jnp.float32).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(kernel, x).compile()
+    grad = compiled(kernel, x)
+    assert grad.sharding.is_equivalent_to(kernel.sharding, 2) and grad.dtype == np.float32
+    plain = 2 * np.asarray(x).T @ (np.asarray(x) @ np.asarray(kernel))
+    np.testing.assert_allclose(grad, plain, rtol=0.05, atol=1)
+    groups = {
+        len(each.groups[0])
+        for each in hlo.collectives(hlo.parse(compiled.as_text()), 8)
+        if each.kind == "all-gather"
+    }
+    assert groups == {2, 4}  # never all eight at once
+
+
+def test_what_lies_whole_is_not_touched():
+    x = jnp.ones(8)
+    with splitting(Splitting(make_mesh(fsdp=8))):
+        assert gathered(x, "blocks/0/norm1/scale", jnp.bfloat16) is x
+    assert gathered(x, "blocks/0/mlp/fc1/kernel", jnp.bfloat16) is x

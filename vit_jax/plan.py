@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from vit_jax import hlo
+from vit_jax import bundles, hlo
 from vit_jax.chips import CHIPS, Chip, devices_per_chip
-from vit_jax.sharding import batch_sharding, num_batch_parts
+from vit_jax.sharding import FSDP_AXES, batch_sharding, num_batch_parts
 from vit_jax.train import Parts, TrainState, make_step
 
 # What stands in front of the colon of a topology, with a form that libtpu takes.
@@ -81,6 +81,21 @@ def own_devices() -> Target:
     return Target(name, devices, devices_per_chip(devices))
 
 
+def num_chips(name: str, *, num_slices: int = 1) -> int:
+    """How many chips a topology such as 'v5e:4x4' has, all slices together.
+
+    Raises:
+      ValueError: no such topology; the known forms are listed.
+    """
+    generation, _, sides = name.partition(":")
+    forms = ", ".join(TOPOLOGIES.values())
+    if generation not in TOPOLOGIES or not re.fullmatch(r"\d+(x\d+){1,2}", sides):
+        raise ValueError(f"topology={name!r} is unknown; the forms are {forms} (other sides too).")
+    if num_slices < 1:
+        raise ValueError(f"num_slices={num_slices} must be at least 1.")
+    return num_slices * math.prod(map(int, sides.split("x")))
+
+
 def topology(name: str, *, num_slices: int = 1, chips_per_host: str = "") -> Target:
     """Devices of TPUs that need not exist, such as 'v5e:4x4'.
 
@@ -93,14 +108,10 @@ def topology(name: str, *, num_slices: int = 1, chips_per_host: str = "") -> Tar
       ImportError: libtpu is not installed.
       ValueError: no such topology; the known forms are listed.
     """
-    generation, _, sides = name.partition(":")
-    forms = ", ".join(TOPOLOGIES.values())
-    if generation not in TOPOLOGIES or not re.fullmatch(r"\d+(x\d+){1,2}", sides):
-        raise ValueError(f"topology={name!r} is unknown; the forms are {forms} (other sides too).")
+    num_chips(name, num_slices=num_slices)
+    generation = name.partition(":")[0]
     if not re.fullmatch(r"(\d+(x\d+){0,2})?", chips_per_host):
         raise ValueError(f"chips_per_host={chips_per_host!r} must be sides in chips, like 2x2.")
-    if num_slices < 1:
-        raise ValueError(f"num_slices={num_slices} must be at least 1.")
     try:
         import libtpu  # noqa: F401 (jax looks for it only when it is asked for devices)
     except ImportError as error:
@@ -120,7 +131,8 @@ def topology(name: str, *, num_slices: int = 1, chips_per_host: str = "") -> Tar
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).removeprefix("INVALID_ARGUMENT: ").strip()
         raise ValueError(
-            f"topology={name!r} is refused by the TPU compiler ({reason}); the forms are {forms}."
+            f"topology={name!r} is refused by the TPU compiler ({reason}); "
+            f"the forms are {', '.join(TOPOLOGIES.values())}."
         ) from error
     devices = list(found.devices)
     return Target(name, devices, devices_per_chip(devices))
@@ -203,7 +215,7 @@ def report(
     Keys (README has them too): fits, params, bytes_per_chip, flops_per_step, cycles_per_step,
     seconds_per_step_estimate, mfu_estimate, collective_bytes, ring_bound_bytes, images_per_second,
     hours, cost, compile_seconds; then exposed_seconds, slowest_collectives, unknown_loops and
-    custom_calls. Bytes and FLOPs are of a chip, and of the whole step on all of them.
+    kernels. Bytes and FLOPs are of a chip, and of the whole step on all of them.
     """
     flops = parts.flops_per_image * batch_size
     result = {
@@ -226,10 +238,12 @@ def report(
     found = hlo.collectives(module, len(target.devices))
     result["flops_per_step"]["compiler"] = hlo.matmul_flops(module) * len(target.devices)
     result["collective_bytes"] = hlo.by_kind(found)
-    result["ring_bound_bytes"] = ring_bound(state, mesh, _wire_items(found, state))
-    result |= _time(module, found, target, flops, batch_size, total_steps, price_per_chip_hour)
+    result["ring_bound_bytes"] = ring_bound(state, mesh, wire_items(found))
+    kernels = _kernels(module, target)
+    cycles = hlo.total_cycles(module) + sum(row["cycles"] * row["times"] for row in kernels)
+    result |= _time(cycles, found, target, flops, batch_size, total_steps, price_per_chip_hour)
     result["unknown_loops"] = module.unknown_loops()
-    result["custom_calls"] = _custom_calls(module)
+    result["kernels"] = kernels
     return result
 
 
@@ -287,14 +301,18 @@ def pass_of(instruction: hlo.Instruction) -> str:
     return "forward" if "jvp(" in instruction.op_name else ""
 
 
-def _wire_items(found: Sequence[hlo.Collective], state: TrainState) -> dict[str, float]:
-    """Bytes of a number on the wire, by kind of collective: of the dtype that most bytes have."""
-    sizes: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    for collective in found:
-        sizes[collective.kind][collective.dtype] += collective.total_bytes
-    items = {
-        kind: hlo.ITEM_BITS[counter.most_common(1)[0][0]] / 8 for kind, counter in sizes.items()
-    }
+def wire_items(found: Sequence[hlo.Collective]) -> dict[str, float]:
+    """Bytes of a number on the wire, by kind of collective: the mean of the numbers that it sends.
+
+    The compiler sends what products take in their type: a head in float32, blocks in bfloat16.
+    """
+    sizes: dict[str, float] = collections.defaultdict(float)
+    numbers: dict[str, float] = collections.defaultdict(float)
+    for collective in (each for each in found if each.dtype):
+        sizes[collective.kind] += collective.total_bytes
+        item = hlo.ITEM_BITS[collective.dtype] / 8
+        numbers[collective.kind] += collective.total_bytes / item
+    items = {kind: sizes[kind] / numbers[kind] for kind in sizes if numbers[kind]}
     common = max(items.values(), default=4.0)
     return {kind: items.get(kind, common) for kind in hlo.COLLECTIVES}
 
@@ -314,12 +332,13 @@ def ring_bound(state: TrainState, mesh: Any, items: Mapping[str, float]) -> dict
       items: bytes of a number on the wire, by kind.
     """
     sums: dict[str, float] = collections.defaultdict(float)
-    fsdp, parts = mesh.shape["fsdp"], num_batch_parts(mesh)
+    parts = num_batch_parts(mesh)
     for leaf in jax.tree.leaves(state.params):
         numbers = math.prod(leaf.shape)
         axes = [axis for dim in leaf.sharding.spec for axis in np.ravel(dim or ())]
         numbers //= mesh.shape["tensor"] if "tensor" in axes else 1
-        if "fsdp" not in axes:
+        fsdp = math.prod(mesh.shape[axis] for axis in FSDP_AXES if axis in axes)
+        if fsdp == 1:
             sums["all-reduce"] += hlo.wire_bytes("all-reduce", numbers, parts)
             continue
         sums["all-gather"] += 2 * hlo.wire_bytes("all-gather", numbers, fsdp)
@@ -328,9 +347,9 @@ def ring_bound(state: TrainState, mesh: Any, items: Mapping[str, float]) -> dict
     return {kind: round(size * items[kind]) for kind, size in sums.items() if size}
 
 
-def _time(module, found, target, flops, batch_size, total_steps, price) -> dict[str, Any]:
+def _time(cycles, found, target, flops, batch_size, total_steps, price) -> dict[str, Any]:
     """Cycles, and what follows from them; the waiting for collectives by the links' bandwidth."""
-    cycles, chip = hlo.total_cycles(module), target.chip
+    chip = target.chip
     if not cycles or chip is None:
         return {}
     exposed = exposed_communication(found, target)
@@ -338,7 +357,7 @@ def _time(module, found, target, flops, batch_size, total_steps, price) -> dict[
     hours = seconds * total_steps / 3600
     chip_hours = hours * target.num_chips
     return {
-        "cycles_per_step": cycles,
+        "cycles_per_step": round(cycles),
         "seconds_per_step_estimate": seconds,
         "mfu_estimate": flops / (seconds * chip.peak_flops * target.num_chips),
         "images_per_second": batch_size / seconds,
@@ -376,11 +395,9 @@ def exposed_communication(found: Sequence[hlo.Collective], target: Target) -> li
     return sorted(rows, key=lambda row: -row["exposed_seconds"])
 
 
-def _custom_calls(module: hlo.Module) -> dict[str, int]:
-    """Kernels whose cycles the compiler does not count, by target."""
-    names: collections.Counter = collections.Counter()
-    for _, instruction, times, _ in module.visits():
-        found = re.search(r'custom_call_target="([^"]+)"', instruction.attributes)
-        if found and instruction.opcode == "custom-call" and "tpu_custom_call" in found[1]:
-            names[found[1]] += round(times)
-    return dict(names)
+def _kernels(module: hlo.Module, target: Target) -> list[dict[str, Any]]:
+    """Pallas kernels, whose cycles the compiler does not count: by their own bundles."""
+    if target.devices[0].platform != "tpu" or target.chip is None:
+        return []
+    found = bundles.kernels(module, target.chip, target.name)
+    return [{"name": each.name, "times": each.times, "cycles": each.cycles} for each in found]

@@ -1,24 +1,35 @@
 """The mesh, and what lies where on it.
 
-The mesh has four axes. The batch is split over `replica`, `data` and `fsdp`; parameters, optimiser
-state and averages over `fsdp` (ZeRO-3, Rajbhandari et al. 2020, section 5.3) and `tensor` (Shoeybi
-et al. 2019, section 3), by the table PLACEMENTS. Models know nothing of it.
+A config's mesh has four axes. The batch is split over `replica`, `data` and `fsdp`; parameters,
+optimiser state and averages over `fsdp` (ZeRO-3, Rajbhandari et al. 2020, section 5.3) and `tensor`
+(Shoeybi et al. 2019, section 3), by the table PLACEMENTS. Models know nothing of it.
+
+A large `fsdp` over the chips of a torus is two axes, the second of them `fsdp_z`. Over a line or a
+plane the TPU compiler gathers and scatters; over all three sides, or where a part would be less
+than a tile, it sums whole matrices, which sends twice the bytes. So parameters are gathered along
+one axis after the other, most of their bytes along the first.
 """
 
+import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from vit_jax.tree import STACKED, map_named, named_leaves
 
-AXES = ("replica", "data", "fsdp", "tensor")
-BATCH_AXES = AXES[:3]
+AXES = ("replica", "data", "fsdp", "fsdp_z", "tensor")
+CONFIG_AXES = ("replica", "data", "fsdp", "tensor")
+BATCH_AXES = AXES[:4]
+FSDP_AXES = ("fsdp", "fsdp_z")
 HOST_MEMORY = "pinned_host"
+MAX_FSDP = 64  # parts of 1,024 rows that are still 16 rows, a tile of bfloat16
 
 # The first row whose regex is found in an array's name says for its last dimensions which mesh
 # axes each is split over. Products that are split by columns come before those split by rows, so
@@ -26,13 +37,13 @@ HOST_MEMORY = "pinned_host"
 # values side by side: a tensor axis on its columns would cut through them and not between heads, so
 # its rows are split, and what each device gets for the product is its heads' columns.
 PLACEMENTS = (
-    (r"/(attn/)?(qkv|kv)/kernel$", (("fsdp", "tensor"), ())),
-    (r"/mlp/fc1/kernel$", (("fsdp",), ("tensor",))),
+    (r"/(attn/)?(qkv|kv)/kernel$", (("fsdp", "tensor"), ("fsdp_z",))),
+    (r"/mlp/fc1/kernel$", (("fsdp",), ("tensor", "fsdp_z"))),
     (r"/mlp/fc1/bias$", (("tensor",),)),
-    (r"/(attn/proj|mlp/fc2)/kernel$", (("tensor",), ("fsdp",))),
-    (r"/patch_embed/kernel$", (("fsdp",),)),
-    (r"/kernel$", (("fsdp",), ())),
-    (r"/pos_embed$", ((), ("fsdp",))),
+    (r"/(attn/proj|mlp/fc2)/kernel$", (("tensor", "fsdp_z"), ("fsdp",))),
+    (r"/patch_embed/kernel$", (("fsdp", "fsdp_z"),)),
+    (r"/kernel$", (("fsdp",), ("fsdp_z",))),
+    (r"/pos_embed$", ((), ("fsdp", "fsdp_z"))),
     (r"", ()),  # biases, norms, tokens, counters: everywhere
 )
 
@@ -49,7 +60,7 @@ ACTIVATIONS = {
 def make_mesh(
     *, replica: int = 1, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None
 ) -> Mesh:
-    """A mesh of all devices; one size may be -1, which takes what the others leave.
+    """A mesh of all devices with AXES; one size may be -1, which takes what the others leave.
 
     Args:
       replica: copies of the rest that only gradients go between. Where the devices are several
@@ -74,7 +85,9 @@ def make_mesh(
         raise ValueError(
             f"mesh {given} does not multiply to the {len(devices)} devices; use -1 for one axis."
         )
-    shape, types = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
+    sizes["fsdp"], third = split_fsdp(sizes["fsdp"], devices)
+    shape = *(sizes[axis] for axis in ("replica", "data", "fsdp")), third, sizes["tensor"]
+    types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         try:
@@ -87,9 +100,31 @@ def make_mesh(
             f"mesh replica={sizes['replica']} must be a multiple of the {slices} slices that the "
             f"{len(devices)} devices are in; try replica={slices}."
         )
-    within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
+    within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1, 1)
     grid = mesh_utils.create_hybrid_device_mesh(within, across, devices=devices)
     return Mesh(grid, AXES, axis_types=types)
+
+
+def split_fsdp(fsdp: int, devices: Sequence[Any]) -> tuple[int, int]:
+    """The sizes of `fsdp` and `fsdp_z`: the first over one or two sides of the devices' torus.
+
+    Args:
+      fsdp: their product.
+      devices: of a torus where they have coordinates; without them nothing is to be split.
+    """
+    coordinates = [getattr(device, "coords", ()) for device in devices]
+    sides = sorted(len(set(side)) for side in zip(*coordinates, strict=True))
+    choices = [math.prod(sides[-2:]), *sides[-1:]]  # a plane, a line
+    if fsdp <= min(choices[0], MAX_FSDP) or not sides:
+        return fsdp, 1
+    first = next((size for size in choices if size <= MAX_FSDP and fsdp % size == 0), fsdp)
+    return first, fsdp // first
+
+
+def config_sizes(mesh: Mesh) -> dict[str, int]:
+    """The sizes of the four axes that a config has."""
+    sizes = {axis: mesh.shape[axis] for axis in CONFIG_AXES}
+    return sizes | {"fsdp": math.prod(mesh.shape[axis] for axis in FSDP_AXES)}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -244,6 +279,46 @@ class Splitting:
             if axis and x.shape[dim] % self.num_parts(axis) == 0:
                 dims[dim] = ACTIVATIONS[axis] or None
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*dims)))
+
+    def gather(self, params: Any, prefix: str, dtype: DTypeLike) -> Any:
+        """Parameters as products want them, see `axes.gathered`."""
+        return map_named(lambda name, x: self._gather(prefix + name, x, dtype), params)
+
+    def _gather(self, name, x, dtype):
+        dims = [np.ravel(dim or ()).tolist() for dim in place(name, x.shape, self.mesh).spec]
+        steps = [PartitionSpec(*map(tuple, dims))]
+        for axis in reversed(FSDP_AXES):  # one after the other, the last to be split the first
+            dims = [[each for each in dim if each != axis] for dim in dims]
+            steps.append(PartitionSpec(*map(tuple, dims)))
+        if steps[0] == steps[-1]:
+            return x
+        return _gather(x.astype(dtype), tuple(NamedSharding(self.mesh, spec) for spec in steps))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x: jax.Array, steps: tuple[NamedSharding, ...]) -> jax.Array:
+    """x from the first place to the last; its gradient goes back, a reduce-scatter at each step.
+
+    Without the steps back the compiler would sum the whole gradient everywhere and then cut it.
+    """
+    return _along(x, steps[1:])
+
+
+def _gather_forward(x, steps):
+    return _along(x, steps[1:]), None
+
+
+def _gather_back(steps, _, grad):
+    return (_along(grad, steps[-2::-1]),)
+
+
+def _along(x, steps):
+    for step in steps:
+        x = jax.lax.with_sharding_constraint(x, step)
+    return x
+
+
+_gather.defvjp(_gather_forward, _gather_back)
 
 
 def check_batch_size(

@@ -17,7 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
-from vit_jax.axes import named, splitting
+from vit_jax.axes import gathered, named, splitting
 from vit_jax.data.sources import DatasetInfo
 from vit_jax.interop.start import start_from
 from vit_jax.models.vit import make_vit
@@ -31,7 +31,7 @@ from vit_jax.sharding import (
     place_tree,
     replicated,
 )
-from vit_jax.tree import all_finite, num_params
+from vit_jax.tree import all_finite, map_named, num_params
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -166,7 +166,7 @@ def train_step(
     valid = jnp.maximum(sum_over(batch["mask"].sum(), axis), 1)
 
     def loss_fn(params, batch, keys):
-        backbone, objective = parts.merge(params, state.non_trainable)
+        backbone, objective = parts.merge(_gathered(params), state.non_trainable)
         loss, output = objective(backbone, batch, step=state.step, key=keys, train=True)
         if whole:
             return loss, output
@@ -201,6 +201,12 @@ def train_step(
     rejected = sum_over((~batch["mask"]).sum(), axis)  # in training there is no other padding
     metrics |= norms | {"learning_rate": learning_rate, "finite": finite, "rejected": rejected}
     return new._replace(step=state.step + 1), {"loss": loss} | metrics
+
+
+def _gathered(params: Any) -> Any:
+    """The parameters as products want them; blocks gather their own, one after another."""
+    blocks = re.compile(r"\bblocks/")
+    return map_named(lambda name, x: x if blocks.search(name) else gathered(x, name), params)
 
 
 def accumulate(function: Callable, arguments: Any, *, num_parts: int, together: int) -> Any:

@@ -108,7 +108,7 @@ class _Planner:
             "num_slices": len(set(self.target.slices)),
             "num_chips": self.target.num_chips,
         }
-        return head | result | {"mesh": dict(mesh.shape), **steps}
+        return head | result | {"mesh": sharding.config_sizes(mesh), **steps}
 
 
 def _dataset(config: ConfigDict) -> Any:
@@ -263,7 +263,9 @@ def _speed_rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
         return
     seconds = result["seconds_per_step_estimate"]
     waiting = result["exposed_seconds"]
-    yield "cycles a step", f"{result['cycles_per_step']:,} (the compiler's estimate)"
+    kernels = sum(row["cycles"] * row["times"] for row in result["kernels"])
+    among = f", {kernels:,.0f} of them in kernels" if kernels else ""
+    yield "cycles a step", f"{result['cycles_per_step']:,} (the compiler's estimate{among})"
     yield "time a step", f"{seconds * 1e3:.2f} ms, an estimate; {waiting * 1e3:.2f} ms are waiting"
     yield "MFU", f"{result['mfu_estimate']:.1%}, an estimate"
     yield "images/s", f"{result['images_per_second']:,.0f}"
@@ -271,8 +273,6 @@ def _speed_rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "whole schedule", f"{result['hours']:,.2f} h for {result['total_steps']:,} steps{cost}"
     if result["unknown_loops"]:
         yield "counted once", f"{len(result['unknown_loops'])} loops of unknown length"
-    for name, count in result["custom_calls"].items():
-        yield "not counted", f"{count} calls of kernels ({name})"
 
 
 def _collective_rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:

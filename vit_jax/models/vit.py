@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from vit_jax.axes import named
+from vit_jax.axes import gathered, named
 from vit_jax.kernels.attention import IMPLEMENTATIONS, Segments
 from vit_jax.models.layers import (
     ACTIVATIONS,
@@ -44,8 +44,13 @@ VARIANTS = {
     "22B": (6144, 48, 48, 24576),
 }
 
+
+def _all_but_gathered(primitive, *_, **__) -> bool:
+    return primitive.name != "sharding_constraint"  # what makes parameters whole
+
+
 REMAT_POLICIES = {
-    "none": None,  # keep all activations
+    "none": _all_but_gathered,  # keep all activations; a scan's parameters are gathered again
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the linear layers'
     "full": jax.checkpoint_policies.nothing_saveable,  # keep each block's input only
     # keep what 'dots' does, in the memory of the devices' hosts
@@ -332,12 +337,12 @@ class VisionTransformer(nnx.Module):
 
         def run(params, x, rate, index):  # one block as a function: what remat and scan want
             rate = rate if self.drop_path and key is not None else 0.0
-            block = nnx.merge(graphdef, params)
+            block = nnx.merge(graphdef, gathered(params, "blocks/0/", self.dtype))
             keys = fold_in(key, index)
             x = block(x, mask=mask, rope=rope, drop_path=rate, keys=keys)
             return named(x, "batch", None, "dim")
 
-        if self.remat != "none":
+        if self.remat != "none" or self.scan:
             # prevent_cse is for code outside of scans: there XLA would undo the rematerialisation.
             policy = REMAT_POLICIES[self.remat]
             run = jax.checkpoint(run, policy=policy, prevent_cse=not self.scan)

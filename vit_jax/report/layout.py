@@ -14,7 +14,7 @@ from vit_jax.preprocess import HALF
 from vit_jax.report.markup import Cell, Html, table
 from vit_jax.report.page import note
 from vit_jax.report.runs import Run
-from vit_jax.sharding import AXES, Row, layout, place_tree
+from vit_jax.sharding import CONFIG_AXES, Row, layout, place_tree
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -32,7 +32,8 @@ def layout_rows(run: Run) -> tuple[dict[str, int], list[Row]]:
     config = load_run_config(run.workdir)
     check_top_level(config)
     sizes = mesh_sizes(run.config.get("mesh", {}), run.record["devices"]["count"])
-    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    axes = sizes | {"fsdp_z": 1}
+    mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
     dataset = run.record["dataset"]
     info = DatasetInfo(  # statistics change no shape
         name=dataset["name"],
@@ -53,9 +54,9 @@ def mesh_sizes(mesh: dict[str, Any], num_devices: int) -> dict[str, int]:
     Raises:
       ValueError: the section has other axes, or sizes that do not fit the devices.
     """
-    if unknown := sorted(set(mesh) - set(AXES)):
+    if unknown := sorted(set(mesh) - set(CONFIG_AXES)):
         raise ValueError(f"config.mesh has axes of another version: {', '.join(unknown)}.")
-    sizes = dict.fromkeys(AXES, 1) | mesh
+    sizes = dict.fromkeys(CONFIG_AXES, 1) | mesh
     rest = [axis for axis, size in sizes.items() if size == -1]
     if len(rest) == 1:
         others = math.prod(size for size in sizes.values() if size != -1)
