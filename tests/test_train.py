@@ -259,7 +259,7 @@ def test_a_finished_run_started_again_changes_nothing(data_dir, tmp_path):
         ({"optimizer__schedule": "cos"}, "schedule='cos' is unknown.*cosine"),
         ({"evals__test__name": "clasification"}, "did you mean 'classification'"),
         ({"data__split": "training"}, "train"),
-        ({"data__num_workers": -1}, "num_workers=-1 must be 0 or more"),
+        ({"data__num_workers": -2}, "num_workers=-2 must be -1 or more"),
         ({"model__dtype": "bf16"}, "dtype='bf16' is unknown; choose one of 'float32', 'bfloat16'"),
         (
             {

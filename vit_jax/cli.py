@@ -78,6 +78,12 @@ def _plan(argv: list[str]) -> int:
     return plan.main(argv)
 
 
+def _benchmark(argv: list[str]) -> int:
+    from vit_jax.commands import benchmark
+
+    return benchmark.main(argv)
+
+
 def _report(argv: list[str]) -> int:
     from vit_jax.commands import report
 
@@ -92,6 +98,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
     "evaluate": (_evaluate, "evaluates a checkpoint"),
     "sweep": (_sweep, "evaluates many checkpoints"),
     "plan": (_plan, "compiles for chips that are not here"),
+    "benchmark": (_benchmark, "tells whether a run will wait for its data or for its chips"),
     "import": (_import, "reads weights from elsewhere"),
     "export": (_export, "writes weights for elsewhere"),
     "inspect": (_inspect, "says what is in a checkpoint"),

@@ -81,6 +81,21 @@ def own_devices() -> Target:
     return Target(name, devices, devices_per_chip(devices))
 
 
+def num_chips(name: str, *, num_slices: int = 1) -> int:
+    """How many chips a topology such as 'v5e:4x4' has, all slices together.
+
+    Raises:
+      ValueError: no such topology; the known forms are listed.
+    """
+    generation, _, sides = name.partition(":")
+    forms = ", ".join(TOPOLOGIES.values())
+    if generation not in TOPOLOGIES or not re.fullmatch(r"\d+(x\d+){1,2}", sides):
+        raise ValueError(f"topology={name!r} is unknown; the forms are {forms} (other sides too).")
+    if num_slices < 1:
+        raise ValueError(f"num_slices={num_slices} must be at least 1.")
+    return num_slices * math.prod(map(int, sides.split("x")))
+
+
 def topology(name: str, *, num_slices: int = 1, chips_per_host: str = "") -> Target:
     """Devices of TPUs that need not exist, such as 'v5e:4x4'.
 
@@ -93,14 +108,10 @@ def topology(name: str, *, num_slices: int = 1, chips_per_host: str = "") -> Tar
       ImportError: libtpu is not installed.
       ValueError: no such topology; the known forms are listed.
     """
-    generation, _, sides = name.partition(":")
-    forms = ", ".join(TOPOLOGIES.values())
-    if generation not in TOPOLOGIES or not re.fullmatch(r"\d+(x\d+){1,2}", sides):
-        raise ValueError(f"topology={name!r} is unknown; the forms are {forms} (other sides too).")
+    num_chips(name, num_slices=num_slices)
+    generation = name.partition(":")[0]
     if not re.fullmatch(r"(\d+(x\d+){0,2})?", chips_per_host):
         raise ValueError(f"chips_per_host={chips_per_host!r} must be sides in chips, like 2x2.")
-    if num_slices < 1:
-        raise ValueError(f"num_slices={num_slices} must be at least 1.")
     try:
         import libtpu  # noqa: F401 (jax looks for it only when it is asked for devices)
     except ImportError as error:
@@ -120,7 +131,8 @@ def topology(name: str, *, num_slices: int = 1, chips_per_host: str = "") -> Tar
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).removeprefix("INVALID_ARGUMENT: ").strip()
         raise ValueError(
-            f"topology={name!r} is refused by the TPU compiler ({reason}); the forms are {forms}."
+            f"topology={name!r} is refused by the TPU compiler ({reason}); "
+            f"the forms are {', '.join(TOPOLOGIES.values())}."
         ) from error
     devices = list(found.devices)
     return Target(name, devices, devices_per_chip(devices))

@@ -5,10 +5,11 @@ When to log, to evaluate, to save; what a step is stands in `vit_jax/train.py`.
 
 import contextlib
 import functools
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -37,6 +38,22 @@ from vit_jax.train import (
 from vit_jax.tree import num_params
 from vit_jax.watchdog import Stragglers, Watchdog
 from vit_jax.workdir import RunRecord
+
+T = TypeVar("T")
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each made before the one in front of it is handed out.
+
+    So a batch travels to the devices before the step that comes first is even sent to them, and is
+    there when they are done with it.
+    """
+    iterator = iter(items)
+    waiting = list(itertools.islice(iterator, 1))
+    for following in iterator:
+        yield waiting.pop()
+        waiting.append(following)
+    yield from waiting
 
 
 class Trainer:
@@ -210,11 +227,7 @@ class Trainer:
     def _loop(self) -> None:
         train_step = None
         with self._loader(self.step) as loader:
-            for batch in self.clock.waiting(loader):
-                begun = time.monotonic()
-                arrays = {key: value for key, value in batch.items() if key not in HOST_ONLY}
-                arrays = self._put(arrays)
-                host_work = loader.seconds + time.monotonic() - begun
+            for batch, arrays, host_work in ahead(self._placed(loader)):
                 if train_step is None:
                     train_step = self._compile(arrays)
                     self.stop.check()  # nothing is lost: no step was done
@@ -253,6 +266,14 @@ class Trainer:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+
+    def _placed(self, loader: Loader) -> Iterator[tuple[dict[str, np.ndarray], Batch, float]]:
+        """Each batch, the same on the devices, and the seconds of work that it took the host."""
+        for batch in self.clock.waiting(loader):
+            begun = time.monotonic()
+            arrays = {key: value for key, value in batch.items() if key not in HOST_ONLY}
+            arrays = self._put(arrays)
+            yield batch, arrays, loader.seconds + time.monotonic() - begun
 
     def _put(self, batch: dict[str, np.ndarray]) -> Batch:
         put = put_parts if self.options.spmd == "pmap" else put_batch

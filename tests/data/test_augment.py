@@ -232,3 +232,19 @@ def test_a_wrong_recipe_is_refused_when_it_is_made(arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         make_augmentation(**{"size": (8, 8)} | arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("draw", [0.2, 0.8], ids=["flipped", "as it is"])
+@pytest.mark.parametrize("side", [40, 300, 700], ids=["enlarged", "reduced", "antialiased"])
+def test_a_crop_is_written_where_the_batch_wants_it(side, draw):
+    crop = make_augmentation(
+        name="inception_crop_flip", size=(64, 48), min_scale=0.5, max_scale=0.6
+    )
+    numbers = [0.0, 0.5, 0.0, 0.0, draw]  # area, shape, top, left, flip
+    expected = crop(record(noise(side, side)), Draws(*numbers))["image"]
+    out = {"image": np.zeros((2, 64, 48, 3), np.uint8)[1]}
+    made = crop(record(noise(side, side)), Draws(*numbers), out)
+    assert made["image"] is out["image"]
+    np.testing.assert_array_equal(out["image"], expected)
+    again = crop(record(noise(side, side)), Draws(*numbers[:4], 1 - draw))["image"]
+    np.testing.assert_array_equal(again, expected[:, ::-1])

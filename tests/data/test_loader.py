@@ -294,6 +294,14 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def test_a_worker_for_each_core(monkeypatch):
+    monkeypatch.setattr(loader_module, "num_cores", lambda: 3)
+    with training(num_workers=-1, num_steps=8) as loader:
+        assert loader._num_workers == 3
+    with training(num_workers=-1, num_steps=2) as loader:  # no more than there are batches
+        assert loader._num_workers == 2
+
+
 def test_two_loaders_are_read_at_once():
     with training() as train, evaluation() as evaluate:
         pairs = [(next(train), next(evaluate)) for _ in range(4)]
@@ -336,7 +344,7 @@ def test_an_unread_loader_can_be_closed():
             "batch_size=10 must be a multiple of the 4 .*try 8",
         ),
         ({"batch_size": 0}, "batch_size=0 must be"),
-        ({"num_workers": -1}, "num_workers=-1 must be 0 or more"),
+        ({"num_workers": -2}, "num_workers=-2 must be -1 or more"),
         ({"num_threads": -1}, "num_threads=-1 must be 0 or more"),
         ({"prefetch": 0}, "prefetch=0 must be 1 or more"),
         ({"records": []}, "no examples"),

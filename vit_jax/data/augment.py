@@ -2,10 +2,12 @@
 
 A recipe is `recipe(record, rng, *, size, …options) -> {'image': uint8 [height, width, 3]}`. Every
 random choice is drawn with `rng.random()`, in a fixed order, and with nothing else: the stream of
-that one method is what NumPy keeps stable.
+that one method is what NumPy keeps stable. One that also takes `out` may write its arrays there,
+which is the batch itself, and answer those: then nothing is copied.
 """
 
 import dataclasses
+import functools
 import inspect
 import io
 import math
@@ -19,6 +21,7 @@ from vit_jax.data import decode
 from vit_jax.spelling import nearest
 
 Size = tuple[int, int]
+Arrays = dict[str, np.ndarray]
 
 
 def none(record: dict, rng: np.random.Generator, *, size: Size) -> dict[str, np.ndarray]:
@@ -60,7 +63,8 @@ def inception_crop_flip(
     min_ratio: float = 3 / 4,
     max_ratio: float = 4 / 3,
     flip: bool = True,
-) -> dict[str, np.ndarray]:
+    out: Arrays | None = None,
+) -> Arrays:
     """ImageNet's recipe (Szegedy et al. 2015, section 6): a crop of random area and shape, flipped.
 
     The crop covers `min_scale` to `max_scale` of the image's area, and its width over height is
@@ -84,8 +88,9 @@ def inception_crop_flip(
     image = decode.decode_window(record["image"], crop, min_size=size)
     # Two times too large is left only of a large PNG: then bilinear alone would skip pixels.
     antialias = image.shape[0] >= 2 * size[0] and image.shape[1] >= 2 * size[1]
-    image = decode.resize(image, size, antialias=antialias)
-    return {"image": _flip_half(image, rng) if flip else image}
+    flipped = flip and rng.random() < 0.5
+    into = None if out is None else out["image"]
+    return {"image": decode.resize(image, size, antialias=antialias, flip=flipped, out=into)}
 
 
 def resize_center_crop(
@@ -145,9 +150,17 @@ class Augmentation:
     recipe: Callable[..., dict[str, np.ndarray]]
     options: dict
 
-    def __call__(self, record: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """The recipe's arrays for one record, `{'image': uint8 [height, width, 3]}` or more."""
-        return self.recipe(record, rng, **self.options)
+    def __call__(self, record: dict, rng: np.random.Generator, out: Arrays | None = None) -> Arrays:
+        """The recipe's arrays for one record, `{'image': uint8 [height, width, 3]}` or more.
+
+        Those that it could write into `out`, arrays of the same names, are those of `out`.
+        """
+        into = {"out": out} if out is not None and self._writes else {}
+        return self.recipe(record, rng, **into, **self.options)
+
+    @functools.cached_property
+    def _writes(self) -> bool:
+        return "out" in inspect.signature(self.recipe).parameters
 
     def zeros(self) -> dict[str, np.ndarray]:
         """Arrays of the recipe's names, shapes and dtypes: what stands for an unreadable record."""
@@ -188,6 +201,7 @@ def _check_interpolation(interpolation: str) -> None:
 
 def _check_options(name: str, options: dict) -> None:
     known = list(inspect.signature(AUGMENTATIONS[name]).parameters)[2:]  # record, rng, size, …
+    known = [option for option in known if option != "out"]
     for option in options:
         if option not in known:
             raise ValueError(

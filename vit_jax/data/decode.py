@@ -158,7 +158,13 @@ INTERPOLATIONS = {
 
 
 def resize(
-    image: np.ndarray, size: tuple[int, int], *, antialias: bool, interpolation: str = "bilinear"
+    image: np.ndarray,
+    size: tuple[int, int],
+    *,
+    antialias: bool,
+    interpolation: str = "bilinear",
+    flip: bool = False,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Resizes uint8 [height, width, 3] to `size` (height, width): half-pixel centres.
 
@@ -167,16 +173,24 @@ def resize(
     INTER_LINEAR; big_vision's training crops do so with `tf.image.resize`): about eight times as
     fast, and meant for factors below two, which is what decoding at a DCT scale leaves; always
     bilinear. With `antialias` the filter is that of INTERPOLATIONS.
+
+    `flip` swaps left and right, and into `out` (of `size`, contiguous) the result is written.
     """
     height, width = size
-    if image.shape[:2] == (height, width):
+    if image.shape[:2] != (height, width):
+        _check_size(height, width, "resizing makes")
+        if antialias:
+            filtered = INTERPOLATIONS[interpolation]
+            image = np.array(Image.fromarray(image).resize((width, height), filtered))
+        else:
+            into = None if flip else out
+            image = cv2.resize(image, (width, height), dst=into, interpolation=cv2.INTER_LINEAR)
+    if flip:
+        image = cv2.flip(image, 1, dst=out)
+    if out is None or image is out:
         return image
-    _check_size(height, width, "resizing makes")
-    if antialias:
-        filtered = INTERPOLATIONS[interpolation]
-        resized = Image.fromarray(image).resize((width, height), filtered)
-        return np.array(resized)
-    return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    out[...] = image
+    return out
 
 
 def _turbo_shape(data: bytes) -> tuple[int, int] | None:

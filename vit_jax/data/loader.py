@@ -27,6 +27,8 @@ from vit_jax.data.sources import load_source
 
 Batch = dict[str, np.ndarray]
 
+MAX_THREADS = 16  # of one process: beyond that they wait for Python's lock
+
 HOST_ONLY = ("position", "index", "error")  # keys of a batch that stay off the devices
 
 
@@ -140,9 +142,10 @@ class Loader:
     The attribute `seconds` says how long it took to make the batch handed out last.
 
     Arguments: `order` maps a position to an index, or to -1 for padding. `num_workers` processes
-    take the batches in turn; with 0 this process loads them itself. `num_threads` threads decode
-    the examples of a batch, in each worker; 0 means one there, and one for each core (up to 16) if
-    there are no workers. `prefetch` batches are kept ready, by each worker. With `strict` an
+    take the batches in turn, -1 for one a core; with 0 this process loads them itself.
+    `num_threads` threads decode the examples of a batch, in each worker; 0 means one there, and one
+    for each core (up to 16) if there are no workers. `prefetch` batches are kept ready, by each
+    worker. With `strict` an
     unreadable example is a ValueError.
     """
 
@@ -179,9 +182,10 @@ class Loader:
             first_slot=process_index * batch_size // process_count,
             num_slots=batch_size // process_count,
             steps=range(start_step, num_steps),
-            num_threads=num_threads or (1 if num_workers else _num_cores()),
+            num_threads=num_threads or (1 if num_workers else min(num_cores(), MAX_THREADS)),
         )
-        self._num_workers = min(num_workers, len(self._batches))
+        wanted = num_cores() if num_workers < 0 else num_workers
+        self._num_workers = min(wanted, len(self._batches))
         self._prefetch = prefetch
         self._closed = False
         self.seconds = 0.0
@@ -303,11 +307,13 @@ class _LocalBatches:
         for slot in range(*part.indices(self.num_slots)):
             position = int(batch["position"][slot])
             index = batch["index"][slot] = self.order(position)
-            arrays, label, errors[slot] = self._load(position, index)
+            out = {name: batch[name][slot] for name in self.blank}
+            arrays, label, errors[slot] = self._load(position, index, out)
             batch["label"][slot] = label
             batch["mask"][slot] = index >= 0 and not errors[slot]
             for name, value in arrays.items():
-                batch[name][slot] = value
+                if value is not out[name]:  # else the recipe has written it there
+                    out[name][...] = value
 
     def error(self, index: int) -> str:
         """What is wrong with the example at `index`, '' if nothing."""
@@ -316,14 +322,16 @@ class _LocalBatches:
         except ValueError as error:  # strict
             return str(error)
 
-    def _load(self, position: int, index: int) -> tuple[dict[str, np.ndarray], int, str]:
+    def _load(
+        self, position: int, index: int, out: Batch | None = None
+    ) -> tuple[dict[str, np.ndarray], int, str]:
         """The recipe's arrays, the label, and what is wrong with the example ('' if nothing)."""
         if index < 0:
             return self.blank, 0, ""
         record = {}
         try:
             record = self.source[index]
-            arrays = self.augment(record, example_rng(position, seed=self.seed))
+            arrays = self.augment(record, example_rng(position, seed=self.seed), out)
             return arrays, record["label"], ""
         except (DecodeError, OSError) as error:
             message = _describe(error, index, record)
@@ -358,11 +366,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _num_cores() -> int:
-    """The cores that this process may use, at most 16: beyond that threads wait for the GIL."""
+def num_cores() -> int:
+    """The cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), 16)
-    return min(os.cpu_count() or 1, 16)
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _check_counts(
@@ -375,7 +383,7 @@ def _check_counts(
             f"try {near}."
         )
     for name, value, least in (
-        ("num_workers", num_workers, 0),
+        ("num_workers", num_workers, -1),
         ("num_threads", num_threads, 0),
         ("prefetch", prefetch, 1),
     ):

@@ -14,6 +14,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.proto import tf_example_pb2
 
 from vit_jax.data import raw
 
@@ -100,12 +101,13 @@ class Source:
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)} in {self.info.name}/{self.split}")
         try:
-            return self._records[index]
+            record = self._records[index]
         except RuntimeError as error:  # array_record's word for a missing, cut or damaged file
             reason = " ".join(str(error).split())
             raise OSError(
                 f"example {index} of {self.info.name}/{self.split} cannot be read: {reason}"
             ) from error
+        return _parse(record) if isinstance(record, bytes) else record
 
     def __reduce__(self):
         return Source, (self.info, self.split)
@@ -114,9 +116,24 @@ class Source:
     def _records(self):
         if raw.is_raw(self.info.path):
             return _raw_part(self.info, self.split)
-        return _builder(self.info.path).as_data_source(
-            self.split, decoders={"image": tfds.decode.SkipDecoding()}
-        )
+        builder = _builder(self.info.path)
+        if {type(each) for each in builder.info.features.values()} <= _SIMPLE:
+            whole = tfds.decode.DeserializeMethod.RAW_BYTES
+            return builder.as_data_source(self.split, deserialize_method=whole)
+        return builder.as_data_source(self.split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+# Features of one value each, which are read in half of the time that TFDS's reader takes.
+_SIMPLE = {tfds.features.Image, tfds.features.ClassLabel, tfds.features.Text}
+
+
+def _parse(record: bytes) -> dict[str, Any]:
+    """The features of a tf.Example, by name: bytes or an integer."""
+    features = tf_example_pb2.Example.FromString(record).features.feature
+    return {
+        name: value.bytes_list.value[0] if value.bytes_list.value else value.int64_list.value[0]
+        for name, value in features.items()
+    }
 
 
 def load_source(name: str, *, split: str, data_dir: str) -> Source:
