@@ -109,7 +109,7 @@ def test_reading_can_begin_anywhere_and_be_shared(prepared, store):
     for left, right in zip(whole[2:], batches(made, 2, 4), strict=True):
         same(left, right)
     for part in (0, 1):
-        mine = batches(made, 0, 4, process_index=part, process_count=2)
+        mine = batches(made, 0, 4, slots=range(4 * part, 4 * part + 4))
         for left, right in zip(whole, mine, strict=True):
             half = {key: value[4 * part : 4 * part + 4] for key, value in left.items()}
             same(half, right)
@@ -177,6 +177,16 @@ def test_wrong_stores_are_refused_before_anything_is_made(tmp_path, options, mes
     with pytest.raises(ValueError, match=message):
         prepare_folder(tmp_path / "images", name="mine", data_dir=str(tmp_path / "data"), **options)
     assert not (tmp_path / "data").exists()
+
+
+def test_tiles_without_jpegtran_are_an_error_that_leaves_nothing(tmp_path, monkeypatch):
+    write_tree(tmp_path / "images", {"a/0.jpg": encode(noise(), "JPEG")})
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    with pytest.raises(FileNotFoundError, match="jpegtran is not installed"):
+        prepare_folder(
+            tmp_path / "images", name="mine", data_dir=str(tmp_path / "data"), store="tiled"
+        )
+    assert not list((tmp_path / "data").iterdir())
 
 
 @pytest.mark.parametrize("store", ["resized", "raw"])
@@ -250,11 +260,12 @@ def test_a_corrupt_raw_store_is_refused_with_the_files_name(copy, file, damage):
         path.unlink()
     error = FileNotFoundError if damage == "missing" else raw.CorruptStoreError
     with pytest.raises(error, match=f"raw-train.{file} .*prepare the dataset again"):
-        list(opened(copy))  # sizes, rows and names when opened, pixels when read
+        opened(copy)
     assert len(list(opened(copy, "test"))) == 6
 
 
-def test_a_flipped_pixel_ends_a_run_and_is_not_left_out(copy):
+def test_a_flipped_pixel_far_behind_ends_a_run_and_is_not_left_out(copy, monkeypatch):
+    monkeypatch.setattr(raw, "CHECKED_BYTES", 100_000)  # what is checked before a run starts
     path = copy / "raw-train.raw-00000"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -7,9 +7,10 @@ A version folder holds `raw.json` and for each split
 - `<name>-<split>.names`: the names of the files that the images came from, one after another.
 
 `raw.json` has the size of every file, and the checksums (CRC-32) of rows and names. Sizes and those
-two are checked when a split is opened, an image's checksum when it is first read by a process. What
-differs is a `CorruptStoreError`, which ends a run: unlike one broken image in a JPEG dataset it
-says that the disk, or who wrote to it, cannot be trusted.
+two are checked when a split is opened, and so are the images of its first CHECKED_BYTES; the others
+when a process reads them for the first time. What differs is a `CorruptStoreError`, which ends a
+run: unlike one broken image in a JPEG dataset it says that the disk, or who wrote to it, cannot be
+trusted.
 
 TFDS does not read this form. `vit_jax.data.sources` does, as any other dataset.
 """
@@ -41,6 +42,9 @@ ROW = np.dtype(
     ]
 )
 """Of an image: number of its file, CRC-32 of its pixels, their offset; where its name ends."""
+
+CHECKED_BYTES = 256 << 20
+"""Of a split, when it is loaded: a tenth of a second, and all of a small dataset."""
 
 _SHARD_BYTES = 1 << 30
 
@@ -184,6 +188,12 @@ class RawSplit:
         image = pixels.reshape(height, width, 3)
         return {"image": image, "label": label, "filename": self._names[begin:name_end]}
 
+    def verify(self, num_bytes: int) -> None:
+        """Checks images from the first one on, until so many bytes have passed."""
+        ends = np.cumsum(self._rows["height"].astype(np.int64) * self._rows["width"] * 3)
+        for index in range(int(np.searchsorted(ends, num_bytes, "right"))):
+            self[index]
+
     @functools.cached_property
     def _maps(self) -> list[np.ndarray]:
         return [np.asarray(np.memmap(path, np.uint8, "r")) for path in self._files]
@@ -212,6 +222,11 @@ class Part:
     """Stretches of splits, one after another: what 'train[:90%]' or 'train+test' names."""
 
     stretches: tuple[tuple[RawSplit, int, int], ...]
+
+    def verify(self, num_bytes: int) -> None:
+        """As `RawSplit.verify`, for each split."""
+        for split in {id(split): split for split, _, _ in self.stretches}.values():
+            split.verify(num_bytes)
 
     def __len__(self) -> int:
         return sum(end - begin for _, begin, end in self.stretches)

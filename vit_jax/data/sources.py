@@ -109,6 +109,11 @@ class Source:
             ) from error
         return _parse(record) if isinstance(record, bytes) else record
 
+    def verify(self, num_bytes: int) -> None:
+        """Checks the beginning of a raw dataset against its checksums; others check themselves."""
+        if isinstance(self._records, raw.RawSplit | raw.Part):
+            self._records.verify(num_bytes)
+
     def __reduce__(self):
         return Source, (self.info, self.split)
 
@@ -139,13 +144,14 @@ def _parse(record: bytes) -> dict[str, Any]:
 def load_source(name: str, *, split: str, data_dir: str) -> Source:
     """Opens a split of the dataset `name`; TFDS's arithmetic (`train[:90%]`) is understood.
 
-    Raises what `dataset_info` raises, ValueError for an unknown or empty split, and
-    FileNotFoundError if a file of the split is missing.
+    Raises what `dataset_info` raises, ValueError for an unknown or empty split,
+    FileNotFoundError if a file of the split is missing, and raw.CorruptStoreError.
     """
     info = dataset_info(name, data_dir=data_dir)
     if raw.is_raw(info.path):
         source = Source(info, split)
         _refuse_empty(len(source), info, split)
+        source.verify(raw.CHECKED_BYTES)
         return source
     try:
         files = _builder(info.path).info.splits[split].file_instructions
