@@ -32,40 +32,24 @@ def our_step(batch_size):
     """A function that makes one training step of this package, and the FLOPs of an image."""
     import jax
     import numpy as np
-    from flax import nnx
+    from ml_collections import ConfigDict
 
-    from vit_jax.models.vit import make_vit
-    from vit_jax.objectives import OBJECTIVES
-    from vit_jax.optim import make_optimizer
-    from vit_jax.preprocess import make_preprocess
-    from vit_jax.train import Parts, TrainState, train_step
+    from vit_jax.data.sources import DatasetInfo
+    from vit_jax.train import make_parts, train_step
 
-    optimizer, schedule = make_optimizer(learning_rate=1e-3, total_steps=1000, weight_decay=0.1)
-    preprocess = make_preprocess()
-
-    def modules():
-        rngs = nnx.Rngs(0)
-        backbone = make_vit(variant="Ti/16", pos_embed="sincos2d", rngs=rngs)
-        options = {"num_classes": NUM_CLASSES, "preprocess": preprocess, "rngs": rngs}
-        return backbone, OBJECTIVES["supervised"](backbone=backbone, **options)
-
-    backbone, objective = nnx.eval_shape(modules)
-    parts = Parts(
-        graphdefs={"backbone": nnx.graphdef(backbone), "objective": nnx.graphdef(objective)},
-        trainable={"backbone": nnx.Param, "objective": nnx.Param},
-        optimizer=optimizer,
-        schedule=schedule,
-        seed=0,
-        ema_decay=0.0,
-        preprocess=preprocess,
-        flops_per_image=objective.flops_per_image(backbone),
-        image_size=(224, 224),
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "total_steps": 1000,
+            "model": {"variant": "Ti/16", "pos_embed": "sincos2d"},
+            "objective": {"name": "supervised"},
+            "preprocess": {},
+            "optimizer": {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1},
+            "train": {},
+        }
     )
-
-    def init():
-        params, rest = parts.split(*modules())
-        return TrainState(jax.numpy.int32(0), params, rest, optimizer.init(params), ())
-
+    names = tuple(map(str, range(NUM_CLASSES)))
+    parts, init = make_parts(config, DatasetInfo("", None, {"train": 1}, names, "", None, None))
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(0, 256, (batch_size, 224, 224, 3), np.uint8),

@@ -36,7 +36,8 @@ from vit_jax.data.sources import dataset_info
 from vit_jax.evals import knn, linear_probe
 from vit_jax.evals.classification import Classification
 from vit_jax.features import FeatureCache, Features
-from vit_jax.sharding import make_mesh, pad_batch, put_batch
+from vit_jax.feeding import pad_batch, put_batch
+from vit_jax.sharding import make_mesh
 from vit_jax.train import make_parts
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)

@@ -5,7 +5,11 @@ set -e
 # Ask for the TPU; whatever happens then, it is given back at the end. Wait until it is there.
 gcloud compute tpus queued-resources create {name} --node-id={name}-node {place} --accelerator-type={accelerator} --runtime-version={runtime} {spot}
 {delete}
-until gcloud compute tpus queued-resources describe {name} {place} --format="value(state.state)" | grep -q ACTIVE; do sleep {poll}; done
+until [ "${{state:=}}" = ACTIVE ]; do
+  sleep {poll}
+  state=$(gcloud compute tpus queued-resources describe {name} {place} --format="value(state.state)")
+  case $state in FAILED | SUSPEND*) echo "{name} is $state" && exit 1 ;; esac
+done
 # Copy this folder to every worker, and install it there.
 tar --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=./data -czf /tmp/{name}.tar.gz .
 gcloud compute tpus tpu-vm scp /tmp/{name}.tar.gz {name}-node: {place} --worker=all
@@ -16,4 +20,4 @@ for attempt in $(seq 0 {max_restarts}); do
   gcloud compute tpus tpu-vm ssh {name}-node {place} --worker=all --command={command} || code=$?
   case $code in 75 | 134 | 137 | 143) echo "exit code $code of attempt $attempt" ;; *) break ;; esac
 done
-exit $code
+exit "$code"

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import yaml
+from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet as JobSet
 from kubernetes_validate import validate
 
 from tests.runs import rows, save_recipe, save_sweep, short, steps_on_disk
@@ -101,6 +102,15 @@ def test_other_processes_write_to_the_workdir(tmp_path, capfd):
 # GKE
 
 
+def known(made, read) -> bool:
+    """Whether all of a manifest is still there after JobSet's own models have read it."""
+    if isinstance(made, dict):
+        return all(key in read and known(made[key], read[key]) for key in made)
+    if isinstance(made, list):
+        return all(map(known, made, read))
+    return made == read
+
+
 @pytest.mark.parametrize(
     "topology, slices, hosts, chips, accelerator",
     [
@@ -108,13 +118,14 @@ def test_other_processes_write_to_the_workdir(tmp_path, capfd):
         ("v5e:16x16", 4, 64, 4, "tpu-v5-lite-podslice"),
         ("v5p:4x4x8", 2, 32, 4, "tpu-v5p-slice"),
         ("v6e:1x1", 1, 1, 1, "tpu-v6e-slice"),
+        ("v4:2x2x4", 1, 4, 4, "tpu-v4-podslice"),
+        ("tpu7x:4x4x4", 1, 16, 4, "tpu7x"),
     ],
 )
 def test_a_jobset_asks_for_the_slices(topology, slices, hosts, chips, accelerator):
     made = yaml.safe_load(jobset([TRAIN], image="x/y:1", topology=topology, num_slices=slices))
     assert (made["apiVersion"], made["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    # Of JobSet's documented API: nothing else is used.
-    assert made["spec"].keys() == {"failurePolicy", "replicatedJobs"}
+    assert known(made, JobSet.from_dict(made).to_dict())
     policy = made["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 10
     assert policy["rules"] == [
@@ -144,6 +155,36 @@ def test_a_wrong_manifest_is_seen():
     inner = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, "spec": spec}
     with pytest.raises(Exception, match="paralelism"):
         validate(inner, "1.31", strict=True)
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [("maxRestarts", "maxRestart"), ("replicas:", "replica:"), ("completions:", "completion:")],
+)
+def test_a_wrong_jobset_is_seen(right, wrong):
+    made = yaml.safe_load(jobset([TRAIN], image="x", topology="v5e:4x4").replace(right, wrong))
+    assert not known(made, JobSet.from_dict(made).to_dict())
+
+
+def test_a_jobset_fits_its_config(capfd):
+    flags = ["--image=x", "--dry_run", "--topology=v5e:4x4"]
+    command = ["--", "--config=vit_s16_i1k", "--workdir=w", "--config.mesh.fsdp=4"]
+    assert cli.main(["launch", "gke", *flags, *command]) == 0
+    made = yaml.safe_load(capfd.readouterr().out)
+    assert made["spec"]["replicatedJobs"][0]["template"]["spec"]["completions"] == 4
+    for more, words in (
+        (
+            "--config.mesh.data=3",
+            "data=3.* does not multiply to the 16 chips of 1 × v5e:4x4",
+        ),
+        ("--config.batch_size=1000", "batch_size=1000 must be a multiple of 16.*; try 992"),
+        ("--config.mesh.fspd=2", "fspd"),
+    ):
+        assert cli.main(["launch", "gke", *flags, *command, more]) == 1
+        (line,) = capfd.readouterr().err.splitlines()
+        assert re.search(words, line), line
+    assert cli.main(["launch", "gke", *flags, "--num_slices=2", *command]) == 1
+    assert "mesh.replica must be a multiple of --num_slices=2" in capfd.readouterr().err
 
 
 def test_an_array_is_a_jobset_each():
@@ -206,7 +247,16 @@ def test_tpu_vm_runs_gcloud_and_gives_the_tpu_back(tmp_path, monkeypatch, capfd)
         (["local", "--num_processes=0", "--", "--x"], "--num_processes=0 .*at least 1"),
         (["slurm", "--gpus_per_node=8", "--processes_per_node=3", "--", "--x"], "must be 1 or"),
         (["gke", "--image=x", "--", "--x"], "--topology is missing"),
-        (["gke", "--image=x", "--topology=v9:4x4", "--", "--x"], "v9:4x4 must be like v5e:4x4"),
+        (
+            ["gke", "--image=x", "--topology=v9:4x4", "--", "--x"],
+            "unknown; the forms .* v5e:4x4,",
+        ),
+        (["gke", "--image=x", "--topology=v5e:4x4x4", "--", "--x"], "v5e:4x4x4 is unknown"),
+        (["gke", "--image=x", "--topology=v5p:4x4x0", "--", "--x"], "v5p:4x4x0 is unknown"),
+        (
+            ["gke", "--image=x", "--topology=v5p:4x4x4", "--chips_per_host=8", "--", "--x"],
+            "--chips_per_host=8 must divide the 64 chips of v5p:4x4x4, whose hosts have 4",
+        ),
         (["gke", "--image=x", "--topology=v5e:4x4", "--name=A", "--", "--x"], "lower-case"),
         (["gke", "--image=x", "--topology=v5e:4x4", "--", "--wandb_api_key=1"], "a secret"),
         (["slurm", "--", "--password=x"], "--password looks like a secret"),
@@ -229,7 +279,7 @@ def test_a_tool_that_is_missing_is_named(capfd, monkeypatch):
 
 
 def test_the_slurm_script_is_a_shell_script_and_takes_arrays(tmp_path):
-    script = slurm_script(SWEEP, gpus_per_node=8, processes_per_node=1, options=["--partition=p"])
+    script = slurm_script(SWEEP, gpus_per_node=8, processes_per_node=1, option=["--partition=p"])
     assert "#SBATCH --array=0-2\n" in script and "#SBATCH --partition=p\n" in script
     assert "export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7\n" in script
     executable(tmp_path / "srun", '#!/bin/bash\nshift 2\nexec "$@"\n')

@@ -17,7 +17,8 @@ from vit_jax import train as train_lib
 from vit_jax import trainer as trainer_lib
 from vit_jax.checkpoint import Checkpoints, unstack
 from vit_jax.data.sources import dataset_info
-from vit_jax.sharding import AXES, layout, make_mesh, pad_batch, put_batch, put_parts
+from vit_jax.feeding import pad_batch, put_batch, put_parts
+from vit_jax.sharding import AXES, layout, make_mesh
 from vit_jax.tree import named_leaves
 
 BATCH, STEPS = 32, 20

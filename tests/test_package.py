@@ -31,9 +31,10 @@ MAY_IMPORT = {
     "objectives": {"jax", "flax", "models", "losses", "preprocess"},
     "data": {"grain", "tensorflow_datasets", "spelling"},
     "evals": {"jax", "flax", "data", "features", "losses"},
+    "feeding": {"jax", "data", "sharding"},
     "features": {"jax", "flax", "data", "models"},
     "sweep": {
-        *("jax", "flax", "evals", "features", "data", "models", "sharding"),
+        *("jax", "flax", "evals", "features", "data", "models", "sharding", "feeding"),
         *("checkpoint", "config", "interop", "metrics", "spelling", "tensorboardX"),
     },
     "metrics": {"jax", "tensorboardX", "chips"},

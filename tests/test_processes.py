@@ -15,6 +15,7 @@ import pytest
 from tests.runs import (
     assert_same_bits,
     call,
+    damage,
     deterministic_rows,
     ending,
     save_recipe,
@@ -88,10 +89,6 @@ def says(words: str):
     return lambda job: words in job.text()
 
 
-def saving(job: Job) -> bool:
-    return any((job.workdir / "checkpoints").glob("*tmp*"))
-
-
 @pytest.fixture(scope="module")
 def recipe(data_dir, tmp_path_factory):
     config = short(data_dir, total_steps=400, eval_every=20, save_every=20, log_every=5)
@@ -151,27 +148,59 @@ def test_two_processes_train_as_one_and_others_go_on_from_them(uneven, tmp_path)
         assert_close(tmp_path / "one", copy)
 
 
-def test_sigterm_on_one_stops_all_at_the_same_step_in_a_step_and_in_an_evaluation(recipe, tmp_path):
+@pytest.fixture(scope="module")
+def stopped(recipe, tmp_path_factory):
+    """The exit code and the words of a job whose launcher got SIGTERM; its programs are cached."""
+    with Job(recipe, tmp_path_factory.mktemp("stopped") / "run") as job:
+        job.until(says("step  25/400"))
+        job.launcher.terminate()
+        return job.wait(), job
+
+
+def test_sigterm_to_the_launcher_goes_to_all_and_starts_nothing_again(stopped):
+    code, job = stopped
+    assert code == EXIT_PREEMPTED and "restart" not in job.text()
+    assert steps_on_disk(job.workdir)[-1] >= 25
+
+
+def begun(job: Job) -> bool:
+    return len(job.pids()) == job.num_processes
+
+
+def listening(job: Job) -> bool:
+    """All have begun, and SIGTERM no longer just ends them."""
+    pids = job.pids().values()
+    caught = [re.search(r"SigCgt:\s*(\w+)", status(pid))[1] for pid in pids]
+    mask = 1 << (signal.SIGTERM - 1)
+    return len(caught) == job.num_processes and all(int(each, 16) & mask for each in caught)
+
+
+def status(pid: int) -> str:
+    return pathlib.Path(f"/proc/{pid}/status").read_text()
+
+
+def is_saving(job: Job) -> bool:
+    return any((job.workdir / "checkpoints").glob("*tmp*"))
+
+
+def test_sigterm_on_one_stops_all_at_the_same_step_wherever_they_are(recipe, stopped, tmp_path):
     saved = []
-    for index, moment in ((2, says("step  10/400")), (1, says("step 20 | evaluating"))):
-        with Job(recipe, tmp_path / "run", num_processes=4, flags=["--max_restarts=0"]) as job:
+    moments = (listening, says("step  10/400"), says("step 20 | evaluating"), is_saving)
+    for index, moment in zip((3, 2, 1, 0), moments, strict=True):
+        with Job(recipe, tmp_path / "run", flags=["--max_restarts=0"]) as job:
             job.log.write_text("")
             job.until(moment)
             job.send(signal.SIGTERM, index)
             assert job.wait() == EXIT_PREEMPTED, job.text()
+        if moment is listening:
+            continue  # there is nothing to save
         assert "stopped by signal 15; the same command goes on" in job.text()
         saved.append(steps_on_disk(tmp_path / "run")[-1])
-    assert 10 <= saved[0] < 20 == saved[1]  # the evaluation was given up
-    assert "step 20 | test accuracy" not in job.text()
-    # The launcher itself: it passes the signal on, and starts nothing again.
-    with Job(recipe, tmp_path / "run", num_processes=4) as job:
-        job.until(says("step  25/400"))
-        job.launcher.terminate()
-        assert job.wait() == EXIT_PREEMPTED
-    assert "restart" not in job.text() and steps_on_disk(tmp_path / "run")[-1] >= 25
+    assert 10 <= saved[0] < 20 == saved[1] <= saved[2]  # the evaluation was given up
+    assert "step 20 | test accuracy" in job.text()  # and made up for by the next start
 
 
-def test_a_killed_process_costs_a_restart_wherever_it_was(recipe, tmp_path):
+def test_a_killed_process_costs_a_restart_wherever_it_was(recipe, stopped, tmp_path):
     flags = ["--max_restarts=3", "--heartbeat_timeout=30"]
     with Job(recipe, tmp_path / "run", num_processes=4, flags=flags) as job:
         job.until(lambda job: len(job.pids()) == 4)
@@ -182,7 +211,7 @@ def test_a_killed_process_costs_a_restart_wherever_it_was(recipe, tmp_path):
         job.until(says("restart 2 of at most 3"))
         job.until(says("resuming at step 20 of 400"))
         before = job.text()
-        job.until(lambda job: saving(job) and "compiled" in job.text()[len(before) :])
+        job.until(lambda job: is_saving(job) and "compiled" in job.text()[len(before) :])
         job.send(signal.SIGKILL, 1)
         job.until(says("restart 3 of at most 3"))
         before = job.text()
@@ -197,23 +226,38 @@ def test_a_killed_process_costs_a_restart_wherever_it_was(recipe, tmp_path):
     assert_same_bits(state, state)  # every array can be read
 
 
-@pytest.mark.parametrize("index", [0, 2])
-def test_a_frozen_process_is_named_and_the_others_say_where_they_hang(recipe, tmp_path, index):
-    flags = ["--max_restarts=0", "--hang_timeout=15", "--heartbeat_timeout=100"]
-    with Job(recipe, tmp_path / "run", num_processes=4, flags=flags) as job:
-        job.until(says("step  15/400"))
-        begun = time.monotonic()
+@pytest.mark.parametrize(
+    "index, moment, least",
+    [
+        (3, begun, None),
+        (0, says("step  15/400"), 15),  # the coordinator
+        (2, says("step 20 | evaluating"), 19),
+        (1, is_saving, 19),
+    ],
+    ids=["start", "step", "evaluation", "save"],
+)
+def test_a_frozen_process_is_named_and_the_others_say_where_they_hang(
+    recipe, stopped, tmp_path, index, moment, least
+):
+    flags = ["--max_restarts=0", "--hang_timeout=30", "--heartbeat_timeout=100"]
+    with Job(recipe, tmp_path / "run", flags=flags) as job:
+        job.until(moment)
         job.send(signal.SIGSTOP, index)
+        frozen = time.time()
         assert job.wait() in (EXIT_LOST, 137), job.text()
-        assert time.monotonic() - begun < 90
     hosts = tmp_path / "run" / "hosts"
-    logs = job.text() + "".join((hosts / f"{i:03}" / "log").read_text() for i in (1, 2, 3))
-    assert f"process {index} wrote nothing to {hosts}; ending" in logs
+    logs = job.text() + "".join(path.read_text() for path in hosts.glob("*/log"))
+    assert f"; process {index} wrote nothing to {hosts}; ending" in logs
     for other in {0, 1, 2, 3} - {index}:
         report = json.loads((hosts / f"{other:03}" / "hang.json").read_text())
-        assert report["step"] >= 15 and report["phase"] in ("training", "evaluation", "saving")
+        assert report["time"] - frozen < 45, report  # the time-out, and what could still be done
+        assert (hosts / f"{other:03}" / "stacks.txt").read_text().startswith(("Thread", "Current"))
+        if least is None:
+            assert report["step"] is None and report["phase"] == "waiting for all processes"
+            continue
+        assert report["step"] >= least and report["phase"] in ("training", "evaluation", "saving")
         assert report["positions"][0] % 16 == 4 * other  # its slots of the batch of 16
-        assert "train.py" in (hosts / f"{other:03}" / "stacks.txt").read_text()
+        assert "trainer.py" in (hosts / f"{other:03}" / "stacks.txt").read_text()
     assert not (hosts / f"{index:03}" / "hang.json").exists()
 
 
@@ -240,7 +284,7 @@ def test_a_slow_host_is_named_within_fifty_steps(recipe, tmp_path):
         assert max(steps, default=0) <= 50
 
 
-def pair(*flags_of_each, **environment_of_second):
+def pair(*flags_of_each, folders=(None, None), **environment_of_second):
     """Two processes started by hand; their exit codes and what they said on stderr."""
     made = []
     for index, flags in enumerate(flags_of_each):
@@ -253,6 +297,7 @@ def pair(*flags_of_each, **environment_of_second):
                 stderr=subprocess.PIPE,
                 text=True,
                 env=environment,
+                cwd=folders[index],
             )
         )
     try:
@@ -283,10 +328,75 @@ def test_who_differs_is_said_in_one_line_and_all_end(
     flags = [f"--config={uneven}", f"--workdir={tmp_path / 'run'}", "--num_processes=2"]
     flags += [f"--coordinator=localhost:{free_port}", "--start_timeout=120"]
     codes, told = pair(flags, [*flags, flag] if flag else flags, **environment)
+    assert_said_by_the_first(codes, told, words)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def assert_said_by_the_first(codes, told, words) -> None:
     assert codes == [1, 1], told
     assert len(told[0]) == 1 and not told[1], told
-    assert re.search(words, told[0][0])
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert re.search(words, told[0][0]), told
+
+
+def test_another_dataset_of_the_same_name_is_seen(data_dir, tmp_path, free_port):
+    """Each process reads `data` where it stands; one image of the second's is another."""
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for folder, bad in zip(folders, ({}, {"train": {3: b"no image"}}), strict=True):
+        (folder / "data").mkdir(parents=True)
+        (folder / "data" / "digits").symlink_to(f"{data_dir}/digits")
+        damage("other", data_dir=str(folder / "data"), bad=bad)
+    config = short("data")
+    config.data.name = config.evals.test.dataset = "other"
+    recipe = save_recipe(config, tmp_path / "recipe.py")
+    flags = [f"--config={recipe}", f"--workdir={tmp_path / 'run'}", "--num_processes=2"]
+    flags += [f"--coordinator=localhost:{free_port}", "--start_timeout=120"]
+    codes, told = pair(flags, flags, folders=folders)
+    assert_said_by_the_first(codes, told, r"process 1 \(.*\) has fingerprint of data \"\w{12}\"")
+
+
+def test_another_version_is_seen(uneven, tmp_path, free_port):
+    (tmp_path / "optax-0.0.1.dist-info").mkdir()
+    text = "Metadata-Version: 2.1\nName: optax\nVersion: 0.0.1\n"
+    (tmp_path / "optax-0.0.1.dist-info" / "METADATA").write_text(text)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    flags = [f"--config={uneven}", f"--workdir={tmp_path / 'run'}", "--num_processes=2"]
+    flags += [f"--coordinator=localhost:{free_port}", "--start_timeout=120"]
+    codes, told = pair(flags, flags, PYTHONPATH=path)
+    assert_said_by_the_first(codes, told, r'process 1 \(.*\) has optax "0.0.1", 1 of 2 have "')
+
+
+def test_two_processes_by_pmap_and_from_weights_train_as_one(data_dir, tmp_path):
+    """The run by pmap starts from weights of the run that FSDP has split over both processes."""
+    leaves = {"total_steps": 3, "eval_every": 3, "save_every": 3, "train__ema_decay": 0.0}
+    split = save_recipe(
+        short(data_dir, **leaves, mesh__data=1, mesh__fsdp=4), tmp_path / "split.py"
+    )
+    pmap = save_recipe(short(data_dir, **leaves, train__spmd="pmap", seed=1), tmp_path / "pmap.py")
+    for name, recipe, source in (("a", split, "weights"), ("b", pmap, "a_one")):
+        flags = [f"--config.init_from={tmp_path / source}"]
+        if source == "weights":
+            done = train(split, tmp_path / source, 4)
+            assert done.returncode == 0, done.stderr
+        done = train(recipe, tmp_path / f"{name}_one", 4, *flags)
+        assert done.returncode == 0, done.stderr
+        with Job(recipe, tmp_path / f"{name}_two", num_processes=2, devices=2, flags=flags) as job:
+            assert job.wait() == 0, job.text()
+        assert f"starting from {tmp_path / source}" in job.text()
+        assert_close(tmp_path / f"{name}_one", tmp_path / f"{name}_two")
+
+
+def test_a_dead_owner_elsewhere_costs_a_wait_and_no_restart(recipe, stopped, tmp_path):
+    """Also when a hang is taken for one before the waiting is over."""
+    (tmp_path / "run").mkdir()
+    far = {"host": "far/1", "process": 7, "job": "x", "beat": 3}
+    (tmp_path / "run" / ".lease").write_text(json.dumps(far))
+    flags = ["--max_restarts=0", "--hang_timeout=40", "--config.total_steps=4"]
+    with Job(recipe, tmp_path / "run", num_processes=2, devices=2, flags=flags) as job:
+        job.until(says("waiting 45 s for a sign of life"))
+        begun = time.monotonic()
+        job.until(says("process 7 on far, which owned workdir"))
+        assert time.monotonic() - begun < 60
+        assert job.wait() == 0, job.text()
 
 
 @pytest.fixture

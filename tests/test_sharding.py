@@ -16,11 +16,8 @@ from vit_jax.sharding import (
     config_sizes,
     layout,
     make_mesh,
-    pad_batch,
     place,
     place_tree,
-    put_batch,
-    replicated,
     split_fsdp,
 )
 
@@ -144,30 +141,6 @@ def test_batch_size(size, near):
 def test_a_batch_has_examples(size):
     with pytest.raises(ValueError, match="try 8"):
         check_batch_size(size, make_mesh())
-
-
-def test_a_batch_is_spread_in_order_and_parameters_are_everywhere():
-    mesh = make_mesh()
-    images = np.arange(16 * 3, dtype=np.uint8).reshape(16, 3)
-    batch = put_batch({"image": images, "mask": np.ones(16, bool)}, mesh)
-    assert batch["image"].dtype == np.uint8
-    np.testing.assert_array_equal(batch["image"], images)
-    parts = {shard.device.id: np.asarray(shard.data) for shard in batch["image"].addressable_shards}
-    for index, device in enumerate(mesh.devices.flat):
-        np.testing.assert_array_equal(parts[device.id], images[2 * index : 2 * index + 2])
-    everywhere = jax.device_put(images, replicated(mesh))
-    assert all(shard.data.shape == (16, 3) for shard in everywhere.addressable_shards)
-
-
-@pytest.mark.parametrize(("size", "padded"), [(16, 16), (17, 24), (3, 8)])
-def test_what_the_devices_do_not_divide_is_padded(size, padded):
-    batch = {"image": np.ones((size, 2, 2, 3), np.uint8), "mask": np.ones(size, bool)}
-    out = pad_batch(batch, make_mesh())
-    assert out["image"].shape == (padded, 2, 2, 3) and out["image"].dtype == np.uint8
-    np.testing.assert_array_equal(out["mask"], np.arange(padded) < size)
-    np.testing.assert_array_equal(out["image"][:size], batch["image"])
-    assert not out["image"][size:].any()
-    assert size < padded or out["image"] is batch["image"]  # the usual case copies nothing
 
 
 def test_a_parameter_is_gathered_and_its_gradient_scattered_on_every_axis():

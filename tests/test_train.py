@@ -19,9 +19,10 @@ from vit_jax.checkpoint import Checkpoints
 from vit_jax.data.augment import make_augmentation
 from vit_jax.data.loader import HOST_ONLY, make_loader
 from vit_jax.data.sources import dataset_info
+from vit_jax.feeding import put_batch
 from vit_jax.metrics import Stopwatch
 from vit_jax.runtime import Preempted, StopSignal
-from vit_jax.sharding import make_mesh, put_batch
+from vit_jax.sharding import make_mesh
 from vit_jax.tree import named_leaves
 
 

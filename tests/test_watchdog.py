@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 import types
 
 import pytest
@@ -21,37 +22,51 @@ def ended(monkeypatch):
     """Exit codes of a process that would have ended."""
     codes, over = [], threading.Event()
     monkeypatch.setattr(watchdog_lib, "SETTLE", 0.2)
-    monkeypatch.setattr(watchdog_lib.os, "_exit", lambda code: (codes.append(code), over.set()))
+    monkeypatch.setattr(watchdog_lib, "end_at_once", lambda code: (codes.append(code), over.set()))
     return types.SimpleNamespace(codes=codes, over=over)
 
 
 def test_a_hang_is_written_down_and_the_absent_are_named(tmp_path, ended, capsys):
-    watchdog = Watchdog(epath.Path(tmp_path), processes(), job="now", timeout=0.5)
-    for index, job in ((1, "now"), (2, "an earlier start")):
+    for index, age in ((0, 60), (1, -60), (2, 60)):  # those of an earlier start do not count
         (tmp_path / f"{index:03}").mkdir()
-        (tmp_path / f"{index:03}" / "hang.json").write_text(json.dumps({"job": job}))
-    watchdog.start()
-    watchdog.beat(step=7, positions=[112, 115], phase="training")
-    assert ended.over.wait(10)
+        report = {"time": time.time() - age, "step": 3}
+        (tmp_path / f"{index:03}" / "hang.json").write_text(json.dumps(report))
+    with Watchdog(epath.Path(tmp_path), index=0, count=3, timeout=0.5) as watchdog:
+        assert not (tmp_path / "000" / "hang.json").exists()
+        watchdog.beat(step=7, positions=[112, 115], phase="training")
+        assert ended.over.wait(10)
     assert ended.codes == [EXIT_LOST]
     report = json.loads((tmp_path / "000" / "hang.json").read_text())
     assert (report["step"], report["positions"], report["phase"]) == (7, [112, 115], "training")
     assert "test_a_hang_is_written_down" in (tmp_path / "000" / "stacks.txt").read_text()
     (line,) = capsys.readouterr().err.splitlines()
-    assert "no step for 0 s (last: step 7, training); process 2 wrote nothing" in line
+    assert "nothing went on for 0 s (last: step 7, training); process 2 wrote nothing" in line
 
 
 @pytest.mark.parametrize("timeout", [0.0, 1.0])
 def test_a_loop_that_beats_or_is_over_is_left_alone(tmp_path, ended, timeout):
-    watchdog = Watchdog(epath.Path(tmp_path), processes(), job="now", timeout=timeout)
-    watchdog.start()
-    for _ in range(15):
-        watchdog.beat(step=1)
-        assert not ended.over.wait(0.1)
-    watchdog.stop()
+    with Watchdog(epath.Path(tmp_path), timeout=timeout) as watchdog:
+        for _ in range(15):
+            watchdog.beat(step=1)
+            assert not ended.over.wait(0.1)
     assert not ended.over.wait(1.5)
     with pytest.raises(ValueError, match="--hang_timeout=-1 must not be negative"):
-        Watchdog(epath.Path(tmp_path), processes(), job="now", timeout=-1)
+        Watchdog(epath.Path(tmp_path), timeout=-1)
+
+
+@pytest.mark.parametrize("usual, inside", [(0.5, 30.0), (0.0, 30.0), (30.0, 0.0)])
+def test_what_cannot_beat_has_a_time_of_its_own(tmp_path, ended, usual, inside):
+    with Watchdog(epath.Path(tmp_path), timeout=usual) as watchdog:
+        with watchdog.within(inside, phase="waiting"):
+            assert not ended.over.wait(1.0)
+        assert ended.over.wait(3.0) == (usual == 0.5)
+
+
+def test_who_waits_too_long_inside_is_ended(tmp_path, ended, capsys):
+    watchdog = Watchdog(epath.Path(tmp_path), timeout=30.0)
+    with watchdog, watchdog.within(0.5, phase="waiting for all processes"):
+        assert ended.over.wait(5)
+    assert "(last: waiting for all processes); all wrote to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

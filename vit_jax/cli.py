@@ -1,12 +1,16 @@
 """The command `vit-jax`: a table of commands, and what becomes of their errors."""
 
+import contextlib
 import importlib.metadata
 import logging
+import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from vit_jax.exit_codes import EXIT_PREEMPTED
 from vit_jax.spelling import nearest
@@ -19,9 +23,28 @@ def _prepare(argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    from vit_jax.commands import train
+    with _stoppable():
+        from vit_jax.commands import train
 
-    return train.main(argv)
+        return train.main(argv)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends a training that has not begun to listen for it as it does later."""
+    if threading.current_thread() is not threading.main_thread():  # where Python has no say
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stop(number: int, _) -> None:
+    os.write(1, f"stopped by signal {number} at the start; the same command goes on.\n".encode())
+    os._exit(EXIT_PREEMPTED)
 
 
 def _launch(argv: list[str]) -> int:

@@ -10,22 +10,24 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
 from vit_jax.checkpoint import Checkpoints
+from vit_jax.data.feed import Feed
 from vit_jax.data.sources import DatasetInfo, dataset_info
 from vit_jax.evals import EVALS
+from vit_jax.feeding import make_feed, put_batch
 from vit_jax.objectives import Model
-from vit_jax.sharding import make_mesh, pad_batch, put_batch
+from vit_jax.sharding import make_mesh
 from vit_jax.train import abstract_state, make_parts
 
 
-def make_evals(config: ConfigDict, info: DatasetInfo) -> dict[str, Any]:
+def make_evals(config: ConfigDict, info: DatasetInfo, feed: Feed) -> dict[str, Any]:
     """The config's evaluations by the names that it gives them, for a model trained on `info`."""
     evals = {}
     for key, section in config.evals.items():
         if key in ("train", "speed") or "/" in key:
             raise ValueError(f"evals.{key}: metrics of that name are taken; call it otherwise.")
         evaluation, options = config_lib.choose(f"evals.{key}", EVALS, section)
-        names = {"class_names": info.class_names}
-        evals[key] = config_lib.call(f"evals.{key}", evaluation, options, **names)
+        derived = {"class_names": info.class_names, "feed": feed}
+        evals[key] = config_lib.call(f"evals.{key}", evaluation, options, **derived)
     return evals
 
 
@@ -43,7 +45,7 @@ def evaluate(
     """{'test/top1': …} of all evaluations; check_stop is called at every batch."""
 
     def put(batch):
-        return put_batch(pad_batch(batch, mesh), mesh)
+        return put_batch(batch, mesh)
 
     with jax.set_mesh(mesh):  # kernels choose by it
         return {
@@ -88,7 +90,7 @@ def evaluate_checkpoint(
             raise FileNotFoundError(f"no checkpoint {step or ''} in {workdir}; there are: {found}.")
         step = steps[-1] if step is None else step
         info = dataset_info(config.data.name, data_dir=config.data.data_dir)
-        evals = make_evals(config, info)
+        evals = make_evals(config, info, make_feed(mesh))
         parts, init = make_parts(config, info)
         state, meta = checkpoints.restore(step, abstract_state(init, mesh))
         for key, now in fingerprints(info, evals).items():

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from vit_jax.exit_codes import EXIT_LOST, EXIT_PREEMPTED
 
@@ -23,14 +23,22 @@ FILES = pathlib.Path(__file__).parent / "launch_files"
 if not FILES.exists():  # in a checkout they lie beside the package
     FILES = pathlib.Path(__file__).parents[1] / "launch"
 
-# What GKE and gcloud call a generation, and the chips of a host (a slice of one host may have
-# fewer): cloud.google.com/kubernetes-engine/docs/concepts/tpus.
+
+class Tpu(NamedTuple):
+    """A generation: GKE's name, sides of a slice, chips of a host (the usual number first)."""
+
+    accelerator: str
+    sides: int
+    chips_per_host: tuple[int, ...]
+
+
+# cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus; a slice of one host may have fewer.
 TPUS = {
-    "v4": ("tpu-v4-podslice", 4),
-    "v5e": ("tpu-v5-lite-podslice", 4),
-    "v5p": ("tpu-v5p-slice", 4),
-    "v6e": ("tpu-v6e-slice", 4),
-    "tpu7x": ("tpu7x", 4),
+    "v4": Tpu("tpu-v4-podslice", 3, (4,)),
+    "v5e": Tpu("tpu-v5-lite-podslice", 2, (4, 8, 1)),
+    "v5p": Tpu("tpu-v5p-slice", 3, (4,)),
+    "v6e": Tpu("tpu-v6e-slice", 2, (4, 8, 1)),
+    "tpu7x": Tpu("tpu7x", 3, (4,)),
 }
 
 
@@ -54,9 +62,9 @@ class LocalJob:
         self,
         command: Sequence[str],
         *,
-        num_processes: int,
+        num_processes: int = 1,
         devices_per_process: int | None = None,
-        max_restarts: int = 0,
+        max_restarts: int = 3,
         logs: pathlib.Path | None = None,
     ):
         if num_processes < 1 or max_restarts < 0 or (devices_per_process or 1) < 1:
@@ -208,11 +216,11 @@ def slurm_script(
     nodes: int = 1,
     processes_per_node: int = 1,
     gpus_per_node: int = 0,
-    time_limit: str = "24:00:00",
+    time: str = "24:00:00",
     output: str = "slurm-%j.out",
     grace: int = 120,
     max_restarts: int = 100,
-    options: Sequence[str] = (),
+    option: Sequence[str] = (),
 ) -> str:
     """The sbatch script of a job, or of an array job if there are several commands.
 
@@ -220,25 +228,25 @@ def slurm_script(
       commands: of `vit-jax`.
       name: of the job.
       nodes: for each command.
-      processes_per_node: 1, or as many as GPUs: then each process takes one.
+      processes_per_node: without GPUs any number, else 1 or as many: then each takes one.
       gpus_per_node: 0 for CPUs.
-      time_limit: as sbatch takes it.
+      time: limit, as sbatch takes it.
       output: file of what is printed.
       grace: seconds before the time limit at which the job is told to save.
       max_restarts: how often it goes back into the queue.
-      options: more lines for sbatch, such as '--partition=long'.
+      option: more lines for sbatch, such as '--partition=long'.
 
     Raises:
       ValueError: counts that do not fit together.
     """
     _check_commands(commands)
-    if processes_per_node not in (1, max(gpus_per_node, 1)):
+    if processes_per_node < 1 or (gpus_per_node and processes_per_node not in (1, gpus_per_node)):
         raise ValueError(
             f"--processes_per_node={processes_per_node} must be 1 or the number of GPUs of a node "
             f"({gpus_per_node})."
         )
     lines = [f"#SBATCH --gpus-per-node={gpus_per_node}"] if gpus_per_node else []
-    lines += [f"#SBATCH {option}" for option in options]
+    lines += [f"#SBATCH {each}" for each in option]
     if len(commands) > 1:
         lines.append(f"#SBATCH --array=0-{len(commands) - 1}")
     every = processes_per_node == 1 and gpus_per_node
@@ -248,7 +256,7 @@ def slurm_script(
         name=name,
         nodes=nodes,
         tasks_per_node=processes_per_node,
-        time=time_limit,
+        time=time,
         output=output,
         grace=grace,
         options="\n".join(lines) or "#",
@@ -294,13 +302,17 @@ def jobset(
     Raises:
       ValueError: an unknown topology, or a name that Kubernetes does not take.
     """
-    accelerator, shape, chips, usual = _slice(topology)
-    per_host = chips_per_host or min(usual, chips)
-    if chips % per_host or num_slices < 1:
+    tpu, shape = parse_topology(topology)
+    chips = math.prod(shape)
+    per_host = chips_per_host or min(tpu.chips_per_host[0], chips)
+    if chips % per_host or (per_host not in tpu.chips_per_host and per_host != chips):
+        known = " or ".join(map(str, sorted(tpu.chips_per_host)))
         raise ValueError(
-            f"--chips_per_host={per_host} must divide the {chips} chips of {topology}, and "
-            f"--num_slices={num_slices} be at least 1."
+            f"--chips_per_host={per_host} must divide the {chips} chips of {topology}, whose hosts "
+            f"have {known}."
         )
+    if num_slices < 1:
+        raise ValueError(f"--num_slices={num_slices} must be at least 1.")
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
         raise ValueError(f"--name={name} must be lower-case letters, digits and -, at most 40.")
     _check_commands(commands)
@@ -319,8 +331,8 @@ def jobset(
             num_slices=num_slices,
             hosts_per_slice=chips // per_host,
             grace=grace,
-            accelerator=accelerator,
-            topology=shape,
+            accelerator=tpu.accelerator,
+            topology="x".join(map(str, shape)),
             image=json.dumps(image),
             command=json.dumps(["vit-jax", *_with_platform(command)]),
             chips_per_host=per_host,
@@ -329,15 +341,15 @@ def jobset(
     )
 
 
-def _slice(topology: str) -> tuple[str, str, int, int]:
-    """GKE's accelerator, the shape, its number of chips, and the usual ones of a host."""
+def parse_topology(topology: str) -> tuple[Tpu, tuple[int, ...]]:
+    """The generation of 'v5e:4x4', and its sides in chips; ValueError for another form."""
     generation, _, shape = topology.partition(":")
-    if generation not in TPUS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise ValueError(
-            f"--topology={topology} must be like v5e:4x4 or v5p:4x4x8, of {', '.join(TPUS)}."
-        )
-    accelerator, usual = TPUS[generation]
-    return accelerator, shape, math.prod(map(int, shape.split("x"))), usual
+    sides = tuple(int(side) for side in shape.split("x") if side.isdigit() and int(side))
+    tpu = TPUS.get(generation)
+    if tpu is None or len(sides) != tpu.sides or "x".join(map(str, sides)) != shape:
+        forms = ", ".join(f"{name}:{'x'.join('4' * each.sides)}" for name, each in TPUS.items())
+        raise ValueError(f"--topology={topology} is unknown; the forms are {forms}.")
+    return tpu, sides
 
 
 def _with_platform(command: Sequence[str]) -> list[str]:
@@ -349,10 +361,10 @@ def _with_platform(command: Sequence[str]) -> list[str]:
 def tpu_vm_script(
     commands: Sequence[Sequence[str]],
     *,
-    name: str,
     zone: str,
     accelerator: str,
     runtime_version: str,
+    name: str = "vit-jax",
     project: str = "",
     spot: bool = False,
     max_restarts: int = 3,
@@ -371,7 +383,7 @@ def tpu_vm_script(
       spot: cheaper, and may be taken away.
       max_restarts: for each start of the commands.
       delete: the queued resource when all is done, or has failed.
-      poll: seconds between two questions whether it is there.
+      poll: seconds between two looks whether it is there.
     """
     _check_commands(commands)
     for flag, value in {"name": name, "zone": zone, "accelerator": accelerator}.items():

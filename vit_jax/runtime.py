@@ -22,6 +22,10 @@ from vit_jax.exit_codes import EXIT_LOST
 T = TypeVar("T")
 
 
+class AbsentError(TimeoutError):
+    """Another process of the job did not come."""
+
+
 class Processes:
     """The processes of this job, which agree through JAX's coordination service.
 
@@ -54,7 +58,7 @@ class Processes:
           extra: seconds that some may need beyond the time-out.
 
         Raises:
-          TimeoutError: not all came; those who did not are named.
+          AbsentError: not all came; those who did not are named.
         """
         if self.count == 1:
             return [value]
@@ -68,7 +72,7 @@ class Processes:
             came = {int(key.rsplit("/", 1)[1]) for key, _ in self._client.key_value_dir_get(folder)}
             absent = sorted(set(range(self.count)) - came)
             names = f"process {', '.join(map(str, absent))}" if absent else "another process"
-            raise TimeoutError(
+            raise AbsentError(
                 f"{names} of {self.count} did not come to {what} within {wait:.0f} s, or ended: "
                 "see its log, or give it more time with --start_timeout."
             ) from error
@@ -165,11 +169,7 @@ def start_processes(
       ValueError: flags that do not fit together, or no such platform on this machine.
       TimeoutError: the coordinator does not answer.
     """
-    given = (coordinator, num_processes, process_id)
-    if None in given and given != (None, None, None):
-        raise ValueError("--coordinator, --num_processes and --process_id go together: give all.")
-    if coordinator is not None:
-        _check_flags(coordinator, num_processes, process_id)
+    _check_flags(coordinator, num_processes, process_id)
     if platform is not None:
         if platform not in PLATFORMS:
             raise ValueError(f"--platform={platform} must be one of {', '.join(PLATFORMS)}.")
@@ -178,29 +178,36 @@ def start_processes(
         "initialization_timeout": round(start_timeout) + 60,  # after ours, for it aborts
         "heartbeat_timeout_seconds": round(heartbeat_timeout),
     }
-    where = coordinator or "the cluster's coordinator"
-    with _limit(
-        start_timeout, f"not all processes came to {where} in time ({start_timeout:.0f} s)"
-    ):
-        if coordinator is not None:
-            if process_id:
-                _await_coordinator(coordinator, start_timeout)
-            jax.distributed.initialize(
-                coordinator,
-                num_processes,
-                process_id,
-                cluster_detection_method="deactivate",
-                **options,
-            )
-        elif _in_cluster():
-            jax.distributed.initialize(**options)
+    if coordinator is not None:
+        if process_id:
+            _await_coordinator(coordinator, start_timeout)
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            cluster_detection_method="deactivate",
+            **options,
+        )
+    elif _cluster() is not None:
+        jax.distributed.initialize(**options)
     return Processes(timeout=start_timeout)
 
 
-def _in_cluster() -> bool:
-    """Whether `jax.distributed` would find a cluster; without one it raises."""
+def who_am_i(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> tuple[int, int]:
+    """This process's index and the count of all, before they have met; see `start_processes`."""
+    _check_flags(coordinator, num_processes, process_id)
+    if coordinator is not None:
+        return process_id, num_processes
+    cluster = _cluster()
+    return (0, 1) if cluster is None else (cluster.get_process_id(), cluster.get_process_count())
+
+
+def _cluster() -> type[clusters.ClusterEnv] | None:
+    """What `jax.distributed` would find; without one it raises."""
     known = clusters.ClusterEnv._cluster_types
-    return any(each.is_env_present() for each in known if not each.opt_in_only_method)
+    return next((x for x in known if not x.opt_in_only_method and x.is_env_present()), None)
 
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
@@ -234,6 +241,8 @@ def until_a_peer_is_lost(processes: Processes, action: Callable[[], int]) -> int
     """The exit code of `action`, or EXIT_LOST where it fails because another process ended."""
     try:
         return action()
+    except AbsentError:
+        raise
     except (jax.errors.JaxRuntimeError, OSError) as error:
         # A save or a comparison that another process left unfinished says OSError.
         cause = error.__cause__ if isinstance(error, OSError) else error
@@ -245,7 +254,14 @@ def until_a_peer_is_lost(processes: Processes, action: Callable[[], int]) -> int
         return EXIT_LOST
 
 
-def _check_flags(coordinator: str, num_processes: int, process_id: int) -> None:
+def _check_flags(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    given = (coordinator, num_processes, process_id)
+    if given == (None, None, None):
+        return
+    if None in given:
+        raise ValueError("--coordinator, --num_processes and --process_id go together: give all.")
     host, colon, port = coordinator.rpartition(":")
     if not (host and colon and port.isdigit()):
         raise ValueError(f"--coordinator={coordinator} must be host:port.")
@@ -271,23 +287,6 @@ def _await_coordinator(address: str, timeout: float) -> None:
         f"coordinator {address} did not answer within {timeout:.0f} s ({reason}); is process 0 "
         "running there, and is the port open?"
     )
-
-
-@contextlib.contextmanager
-def _limit(seconds: float, message: str) -> Iterator[None]:
-    """Ends the process with one line if the block, which may hang in C++, takes longer."""
-
-    def expire():
-        print(f"vit-jax: {message}; see their logs.", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    timer = threading.Timer(seconds + 1, expire)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def is_one_of_many() -> bool:

@@ -340,30 +340,3 @@ def check_batch_size(
         what += f" × {accumulate} accumulated parts" if accumulate > 1 else ""
         what += f" × {together} examples that are mixed" if together > 1 else ""
         raise ValueError(f"batch_size={batch_size} must be a multiple of the {what}; try {near}.")
-    if parts % jax.process_count():
-        raise ValueError(
-            f"mesh tensor={mesh.shape['tensor']} lies across processes: the batch has {parts} "
-            f"parts for {jax.process_count()} processes; use a smaller tensor axis."
-        )
-
-
-def pad_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
-    """Zeros (`mask` False) behind the last example, until this process's devices divide them."""
-    parts = num_batch_parts(mesh) // jax.process_count()
-    missing = -len(batch["mask"]) % parts
-    if not missing:
-        return batch
-    return {k: np.pad(v, [(0, missing)] + [(0, 0)] * (v.ndim - 1)) for k, v in batch.items()}
-
-
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's contiguous slots as part of the global batch, on the devices."""
-    sharding = batch_sharding(mesh)
-    put: Any = jax.make_array_from_process_local_data
-    return {name: put(sharding, value) for name, value in batch.items()}
-
-
-def put_parts(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
-    """This process's slots as [devices, batch / devices, …]: a part for each, as pmap wants it."""
-    parts = num_batch_parts(mesh) // jax.process_count()
-    return {k: v.reshape(parts, -1, *v.shape[1:]) for k, v in batch.items()}

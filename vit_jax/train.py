@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
@@ -256,7 +257,8 @@ def make_step(parts: Parts, state: TrainState, mesh: jax.sharding.Mesh) -> Calla
     if parts.options.spmd == "pmap":
         step = functools.partial(train_step, parts, axis="batch")
         options = {"in_axes": (None, 0), "out_axes": (None, None), "donate_argnums": 0}
-        return jax.pmap(step, axis_name="batch", **options)
+        devices = mesh.devices.ravel().tolist()
+        return jax.pmap(step, "batch", devices=devices, axis_size=mesh.size, **options)
 
     places = jax.tree.map(lambda x: x.sharding, state)
     offloaded = parts.options.offload_opt_state
@@ -354,6 +356,8 @@ def take_weights(parts: Parts, state: TrainState, path: str, info: DatasetInfo) 
     names, model = tuple(parts.graphdefs), modules[1].model(modules[0])
     split = [nnx.split(module, nnx.Param, ...) for module in modules]  # frozen ones come in, too
     drawn = dict(zip(names, (nnx.to_pure_dict(params) for _, params, _ in split), strict=True))
+    if jax.process_count() > 1:
+        drawn = multihost_utils.process_allgather(drawn, tiled=True)
     filled, report = start_from(path, drawn, model, class_names=info.class_names)
     print(f"starting from {path}", *report.lines(), sep="\n", flush=True)
     started = [

@@ -22,9 +22,10 @@ from vit_jax.data.augment import make_augmentation
 from vit_jax.data.loader import HOST_ONLY, Loader, make_loader
 from vit_jax.data.sources import dataset_info
 from vit_jax.evaluation import evaluate, fingerprints, make_evals, summary
+from vit_jax.feeding import make_feed, put_batch, put_parts
 from vit_jax.metrics import MetricsWriter, Monitor, NoWriter, Stopwatch, read_rows
 from vit_jax.runtime import Preempted, Processes, StopSignal
-from vit_jax.sharding import check_host_memory, make_mesh, put_batch, put_parts
+from vit_jax.sharding import check_host_memory, make_mesh
 from vit_jax.train import (
     Batch,
     TrainOptions,
@@ -65,7 +66,7 @@ class Trainer:
       clock: started when the process was.
       stop: polled at every step and at every batch of an evaluation.
       processes: of the job; the first one writes, and checkpoints are written by all.
-      watchdog: hears of every step.
+      watchdog: hears of what goes on.
 
     Raises:
       ValueError: something in the config does not fit; said before anything compiles.
@@ -83,9 +84,9 @@ class Trainer:
     ):
         self.config, self.workdir, self.clock, self.stop = config, workdir, clock, stop
         self.processes = Processes() if processes is None else processes
-        if watchdog is None:
-            watchdog = Watchdog(workdir / "hosts", self.processes, job="", timeout=0.0)
-        self.watchdog, self.stragglers = watchdog, Stragglers(self.processes)
+        self.watchdog = Watchdog(workdir / "hosts") if watchdog is None else watchdog
+        self.stragglers = Stragglers(self.processes)
+        self.watchdog.beat(phase="building")
         with self.processes.together("the check of the config and the data"):
             init = self._build()
         found = fingerprints(self.info, self.evals)
@@ -120,7 +121,7 @@ class Trainer:
         self.parts, init = make_parts(config, self.info)
         self.augment = make_augmentation(**config_lib.plain(config.augment))
         self._check_fit()
-        self.evals = make_evals(config, self.info)
+        self.evals = make_evals(config, self.info, make_feed(self.mesh))
         self._loader(0).check().close()  # what does not fit in the data section is said now
         return init
 
@@ -156,6 +157,7 @@ class Trainer:
         self, init: Callable[[], TrainState], abstract: TrainState, steps: list[int]
     ) -> None:
         """The newest checkpoint's state, or a fresh one; files are cut back to it."""
+        self.watchdog.beat(phase="restoring")
         if steps:
             self.state, meta = self.checkpoints.restore(steps[-1], abstract)
         else:
@@ -215,11 +217,11 @@ class Trainer:
                     if self.step and self._evaluation_due():  # a signal came before it was done
                         self._evaluate()
                     self._loop()
+                    self.watchdog.beat(phase="saving")
                     with self.clock("saving"):
                         self.checkpoints.wait()
                     self.record.save()
                 finally:  # however it ends; on a full disk the first error counts
-                    self.watchdog.stop()
                     with contextlib.suppress(OSError):
                         self.record.save()
             return self._evaluated()
@@ -231,9 +233,8 @@ class Trainer:
                 if train_step is None:
                     train_step = self._compile(arrays)
                     self.stop.check()  # nothing is lost: no step was done
-                    self.watchdog.start()
-                first, last = (int(batch["position"][at]) for at in (0, -1))
-                self.watchdog.beat(step=self.step, positions=[first, last], phase="training")
+                positions = runs_of(batch["position"])
+                self.watchdog.beat(step=self.step, positions=positions, phase="training")
                 self.state, metrics = train_step(self.state, arrays)
                 self.step += 1
                 self.monitor.push(self.step, metrics, batch["error"])
@@ -263,8 +264,7 @@ class Trainer:
             seed=self.config.seed,
             start_step=start_step,
             num_steps=self.config.total_steps,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            slots=make_feed(self.mesh).slots(self.config.batch_size),
         )
 
     def _placed(self, loader: Loader) -> Iterator[tuple[dict[str, np.ndarray], Batch, float]]:
@@ -281,6 +281,7 @@ class Trainer:
 
     def _compile(self, batch: Batch) -> Callable:
         print("compiling the training step …", flush=True)
+        self.watchdog.beat(step=self.step, phase="compiling")
         with self.clock("compile"):
             start = time.time()
             step = make_step(self.parts, self.state, self.mesh)
@@ -351,3 +352,10 @@ class Trainer:
         self.checkpoints.wait()
         steps = self.checkpoints.steps()
         return str(self.workdir / "checkpoints" / str(steps[-1])) if steps else "the initial state"
+
+
+def runs_of(positions: np.ndarray) -> list[list[int]]:
+    """The first and last of each run of neighbours: [[0, 3], [8, 11]]."""
+    ends = np.flatnonzero(np.diff(positions) != 1)
+    starts, ends = np.r_[0, ends + 1], np.r_[ends, len(positions) - 1]
+    return np.stack([positions[starts], positions[ends]], axis=1).tolist()

@@ -1,103 +1,119 @@
 """Finds the process that holds up a job: one that hangs, and one that is slow."""
 
+import contextlib
 import faulthandler
 import json
-import os
 import socket
 import statistics
 import sys
 import tempfile
 import threading
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 from etils import epath
 
 from vit_jax.exit_codes import EXIT_LOST
-from vit_jax.runtime import Processes
+from vit_jax.runtime import Processes, end_at_once
 
+HANG, STACKS = REPORTS = ("hang.json", "stacks.txt")
 SETTLE = 5.0  # seconds that the processes give each other to write down where they hang
 WINDOW = 20  # steps over which host-side work is averaged
 SLOW, NOTABLE = 3.0, 0.005  # times the median, and seconds a step below which nobody cares
 
 
 class Watchdog:
-    """Ends a process whose loop has stopped, after writing where: all of them find out alike.
+    """Ends a process that goes on no more, after writing where: all of them find out alike.
 
+    It watches inside its `with`: starting, compiling, training, evaluating and saving.
     `hosts/NNN/hang.json` (last step, batch positions) and `stacks.txt` are written by each living
     process; who wrote none is named. Then all exit with EXIT_LOST.
 
     Args:
       folder: `workdir/hosts`.
-      processes: of the job.
-      job: the same for all its processes, and another one at each start.
-      timeout: seconds without `beat` that are a hang; 0.0 turns it off.
+      index: of this process.
+      count: of the job's processes.
+      timeout: seconds without `beat` that are a hang; 0.0 for never.
     """
 
-    def __init__(self, folder: epath.Path, processes: Processes, *, job: str, timeout: float):
+    def __init__(self, folder: epath.Path, *, index: int = 0, count: int = 1, timeout: float = 0.0):
         if timeout < 0:
             raise ValueError(f"--hang_timeout={timeout} must not be negative; 0 turns it off.")
-        self._folder, self._processes, self._job, self._timeout = folder, processes, job, timeout
-        self._where: dict[str, Any] = {}
-        self._last = time.monotonic()
+        self._folder, self._index, self._count, self._timeout = folder, index, count, timeout
+        self._where: dict[str, Any] = {"step": None, "positions": None, "phase": "starting"}
+        self._last, self._begun = time.monotonic(), time.time()
         self._done = threading.Event()
-        self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """From here on the loop must beat."""
-        if self._timeout:
-            self._last = time.monotonic()
-            self._thread = threading.Thread(target=self._watch, daemon=True, name="vit_jax-watch")
-            self._thread.start()
+    def __enter__(self) -> "Watchdog":
+        with contextlib.suppress(OSError):  # what is wrong with the folder is said elsewhere
+            for name in REPORTS:  # of an earlier start
+                (self._folder / f"{self._index:03}" / name).unlink(missing_ok=True)
+        self._last = time.monotonic()
+        threading.Thread(target=self._watch, daemon=True, name="vit_jax-watch").start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._done.set()
 
     def beat(self, **where: Any) -> None:
-        """The loop goes on; `where` (step, positions, phase) is for the report."""
+        """This process goes on; `where` (step, positions, phase) is for the report."""
         self._last = time.monotonic()
         self._where |= where
 
-    def stop(self) -> None:
-        """The loop has come to its end."""
-        self._done.set()
+    @contextlib.contextmanager
+    def within(self, seconds: float, **where: Any) -> Iterator[None]:
+        """Inside the block, which does not beat, so many seconds are a hang."""
+        usual = self._timeout
+        self.beat(**where)
+        self._timeout = seconds
+        try:
+            yield
+        finally:
+            self.beat()
+            self._timeout = usual
 
     def _watch(self) -> None:
-        while not self._done.wait(min(1.0, self._timeout / 10)):
-            if time.monotonic() - self._last > self._timeout:
-                self._report()
-                return
+        while not self._done.wait(min(1.0, self._timeout / 10 or 1.0)):
+            timeout = self._timeout
+            if timeout and time.monotonic() - self._last > timeout:
+                return self.report(f"nothing went on for {timeout:.0f} s")
 
-    def _report(self) -> None:
+    def report(self, reason: str) -> NoReturn:
+        """Writes where this process is, waits for the others to do so, and ends."""
         try:
             self._write()
         except OSError as error:  # it ends all the same
             print(f"vit-jax: {self._folder}: {error}", file=sys.stderr, flush=True)
         time.sleep(SETTLE)
-        absent = [i for i in range(self._processes.count) if not self._wrote(i)]
+        absent = [i for i in range(self._count) if not self._wrote(i)]
         names = f"process {', '.join(map(str, absent))} wrote nothing" if absent else "all wrote"
+        step, phase = self._where["step"], self._where["phase"]
         print(
-            f"vit-jax: process {self._processes.index}: no step for {self._timeout:.0f} s (last: "
-            f"step {self._where.get('step')}, {self._where.get('phase')}); {names} to "
-            f"{self._folder}; ending.",
+            f"vit-jax: process {self._index}: {reason} (last: "
+            f"{phase if step is None else f'step {step}, {phase}'}); {names} to {self._folder}; "
+            "ending.",
             file=sys.stderr,
             flush=True,
         )
-        os._exit(EXIT_LOST)
+        end_at_once(EXIT_LOST)
 
     def _write(self) -> None:
-        me = self._folder / f"{self._processes.index:03}"
+        me = self._folder / f"{self._index:03}"
         me.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile("w+") as stacks:  # the folder may be remote
             faulthandler.dump_traceback(stacks, all_threads=True)
             stacks.seek(0)
-            (me / "stacks.txt").write_text(stacks.read())
-        report = {"job": self._job, "host": socket.gethostname(), "time": time.time()}
-        (me / "hang.json").write_text(json.dumps(report | self._where) + "\n")
+            (me / STACKS).write_text(stacks.read())
+        report = {"host": socket.gethostname(), "time": time.time()}
+        (me / HANG).write_text(json.dumps(report | self._where) + "\n")
 
     def _wrote(self, index: int) -> bool:
         try:
-            text = (self._folder / f"{index:03}" / "hang.json").read_text()
-            return json.loads(text)["job"] == self._job
-        except (FileNotFoundError, json.JSONDecodeError):
+            report = json.loads((self._folder / f"{index:03}" / HANG).read_text())
+        except (OSError, json.JSONDecodeError):
             return False
+        return report["time"] > self._begun  # an older one is of an earlier start
 
 
 class Stragglers:

@@ -182,6 +182,19 @@ def test_a_watcher_evaluates_while_the_training_goes_on(data_dir, tmp_path):
 
 
 @pytest.mark.slow
+def test_launch_starts_workers_that_share_the_units(trained, data_dir, tmp_path):
+    config = make(tmp_path, data_dir, [trained])
+    sweep_flags = ["sweep", config, f"--workdir={tmp_path}/sweep"]
+    done = call("launch", "local", "--num_processes=2", "--", *sweep_flags)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout + (tmp_path / "sweep" / "hosts" / "001" / "log").read_text()
+    results = Store(tmp_path / "sweep").results()
+    assert len(results) == 6
+    for unit in results:  # by one of them
+        assert said.count(f"done    {unit} ") == 1
+
+
+@pytest.mark.slow
 def test_imported_models_stand_beside_runs(trained, data_dir, tmp_path):
     names = dataset_info("digits", data_dir=data_dir).class_names
     made = models.spec(num_classes=10, image_size=(8, 8), patch_size=(4, 4))
@@ -230,6 +243,19 @@ def test_missing_things(data_dir, tmp_path):
         sweep.main([make(tmp_path, data_dir, [])])
     found = Finder(models=[f"{tmp_path}/model"])()
     assert "does not exist" in found[0].error
+
+
+def test_a_checkpoint_that_vanished_is_named(data_dir, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (found,) = Finder(runs=[str(tmp_path / "run")], steps=[7])()
+    assert "no checkpoint 7 in" in found.error
+    datasets = {"digits": {"dataset": "digits", "data_dir": data_dir, "batch_size": 8}}
+    evals = {"knn": {"name": "knn"}}
+    ((unit, checkpoint),) = units_lib.make_units([found], datasets, evals)
+    evaluate = units_lib.Evaluator(Store(tmp_path / "sweep"), datasets, evals)
+    with pytest.raises(OSError, match="no checkpoint 7 in"):
+        evaluate(unit, checkpoint)
 
 
 def test_grids_and_draws():

@@ -1,14 +1,21 @@
 """`vit-jax launch`: starts a job in several processes, here or on a cluster."""
 
+import inspect
+import math
 import pathlib
+import re
 import shlex
 import subprocess
 import tempfile
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
 
+from vit_jax.commands.config_flag import parse_with_config
 from vit_jax.commands.flags import parse
-from vit_jax.launch import LocalJob, jobset, slurm_script, tpu_vm_script
+from vit_jax.launch import LocalJob, jobset, parse_topology, slurm_script, tpu_vm_script
 from vit_jax.spelling import nearest
 
 USAGE = """vit-jax launch: starts a job of many processes.
@@ -35,23 +42,55 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             f"vit-jax launch {place}: unknown{nearest(place, PLACES)}; one of {', '.join(PLACES)}."
         )
-    define, start = PLACES[place]
+    function, start = PLACES[place]
+    options = _options(function)
 
-    def define_all(values: flags.FlagValues) -> None:
+    def define(values: flags.FlagValues) -> None:
         where = {"flag_values": values}
         flags.DEFINE_string(
             "array", None, "How many jobs, or a file with a line of flags for each.", **where
         )
         flags.DEFINE_bool("dry_run", False, "Only print what would be run.", **where)
-        flags.DEFINE_integer("max_restarts", 3, "After a death or a preemption.", **where)
-        define(where)
+        for name, (kind, default, text) in options.items():
+            DEFINE[kind](name, default, text, **where)
 
-    values, rest = parse(ours, define_all, usage=USAGE)
+    values, rest = parse(ours, define, usage=USAGE)
     if rest:
         raise ValueError(f"argument {rest[0]!r} is unknown; what is to run follows after `--`.")
     if not command:
         raise ValueError("nothing to run: end with `-- --config=… --workdir=…`.")
-    return start(values, _commands(values.array, command))
+    commands = _commands(values.array, command)
+    given = {name: values[name].value for name in options}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in given and parameter.default is parameter.empty and given[name] is None:
+            raise ValueError(f"--{name} is missing.")
+    return start(commands, values.dry_run, **given)
+
+
+DEFINE = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    str: flags.DEFINE_string,
+    Sequence[str]: flags.DEFINE_multi_string,
+}
+
+
+def _options(function: Callable) -> dict[str, tuple[Any, Any, str]]:
+    """Name -> (type, default, help) of a function's keywords, the help from its docstring."""
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind = parameter.annotation
+        if kind not in DEFINE:  # int | None
+            kind = next((x for x in typing.get_args(kind) if x in DEFINE), kind)
+        text = re.search(rf"^ +{name}: (.*?)$(?=\n +\w+: |\n *$|\Z)", function.__doc__, RE)
+        if parameter.kind is parameter.KEYWORD_ONLY and kind in DEFINE:
+            default = None if parameter.default is parameter.empty else parameter.default
+            default = list(default) if isinstance(default, tuple) else default
+            found[name] = (kind, default, " ".join(text[1].split()))
+    return found
+
+
+RE = re.MULTILINE | re.DOTALL
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -72,25 +111,13 @@ def _commands(array: str | None, command: list[str]) -> list[list[str]]:
     return [[*command, *shlex.split(line)] for line in lines if line.strip()]
 
 
-def _define_local(where: dict) -> None:
-    flags.DEFINE_integer("num_processes", 1, "How many.", **where)
-    flags.DEFINE_integer("devices_per_process", None, "Simulated CPU devices in each.", **where)
-
-
-def _local(values: flags.FlagValues, commands: list[list[str]]) -> int:
+def _local(commands: list[list[str]], dry_run: bool, **options: Any) -> int:
     code = 0
     for command in commands:  # of an array one after the other
-        job = LocalJob(
-            command,
-            num_processes=values.num_processes,
-            devices_per_process=values.devices_per_process,
-            max_restarts=values.max_restarts,
-            logs=_logs(command),
-        )
-        if values.dry_run:
-            print(
-                *(shlex.join(job.arguments(i, "PORT")) for i in range(job.num_processes)), sep="\n"
-            )
+        job = LocalJob(command, logs=_logs(command), **options)
+        if dry_run:
+            lines = [shlex.join(job.arguments(i, "PORT")) for i in range(job.num_processes)]
+            print(*lines, sep="\n")
             continue
         code = max(code, job.run())
         if job.stopping:
@@ -108,91 +135,44 @@ def _logs(command: list[str]) -> pathlib.Path | None:
     return None
 
 
-def _define_slurm(where: dict) -> None:
-    flags.DEFINE_string("name", "vit-jax", "Of the job.", **where)
-    flags.DEFINE_integer("nodes", 1, "For each job.", **where)
-    flags.DEFINE_integer("processes_per_node", 1, "1, or one for each GPU.", **where)
-    flags.DEFINE_integer("gpus_per_node", 0, "0 for CPUs.", **where)
-    flags.DEFINE_string("time", "24:00:00", "Limit, as sbatch takes it.", **where)
-    flags.DEFINE_string("output", "slurm-%j.out", "File of what is printed.", **where)
-    flags.DEFINE_integer("grace", 120, "Seconds to save in before the limit.", **where)
-    flags.DEFINE_multi_string("option", [], "More of sbatch's: --option=--partition=p.", **where)
+def _slurm(commands: list[list[str]], dry_run: bool, **options: Any) -> int:
+    return _run(["sbatch"], slurm_script(commands, **options), "slurm.sbatch", dry_run)
 
 
-def _slurm(values: flags.FlagValues, commands: list[list[str]]) -> int:
-    script = slurm_script(
-        commands,
-        name=values.name,
-        nodes=values.nodes,
-        processes_per_node=values.processes_per_node,
-        gpus_per_node=values.gpus_per_node,
-        time_limit=values.time,
-        output=values.output,
-        grace=values.grace,
-        max_restarts=values.max_restarts,
-        options=values.option,
-    )
-    return _run(["sbatch"], script, "slurm.sbatch", values.dry_run)
+def _gke(commands: list[list[str]], dry_run: bool, **options: Any) -> int:
+    manifest = jobset(commands, **options)
+    for command in commands:
+        _check_config(command, options["topology"], options["num_slices"])
+    return _run(["kubectl", "apply", "-f"], manifest, "jobset.yaml", dry_run)
 
 
-def _define_gke(where: dict) -> None:
-    flags.DEFINE_string("name", "vit-jax", "Of the JobSet.", **where)
-    flags.DEFINE_string("image", None, "Container image with vit-jax[tpu].", **where)
-    flags.DEFINE_string("topology", None, "Of a slice, like v5e:4x4.", **where)
-    flags.DEFINE_string("queue", "multislice-queue", "Kueue's; XPK makes this one.", **where)
-    flags.DEFINE_integer("num_slices", 1, "Slices that train together.", **where)
-    flags.DEFINE_integer("chips_per_host", None, "If not the usual number.", **where)
-    flags.DEFINE_integer("grace", 120, "Seconds to save in after SIGTERM.", **where)
+def _tpu_vm(commands: list[list[str]], dry_run: bool, **options: Any) -> int:
+    return _run(["bash"], tpu_vm_script(commands, **options), "tpu_vm.sh", dry_run)
 
 
-def _gke(values: flags.FlagValues, commands: list[list[str]]) -> int:
-    _require(values, "image", "topology")
-    manifest = jobset(
-        commands,
-        image=values.image,
-        topology=values.topology,
-        name=values.name,
-        queue=values.queue,
-        num_slices=values.num_slices,
-        chips_per_host=values.chips_per_host,
-        max_restarts=values.max_restarts,
-        grace=values.grace,
-    )
-    return _run(["kubectl", "apply", "-f"], manifest, "jobset.yaml", values.dry_run)
+def _check_config(command: list[str], topology: str, num_slices: int) -> None:
+    """Raises ValueError where a training's mesh or batch does not fit what is asked for."""
+    from vit_jax.commands import train
 
-
-def _define_tpu_vm(where: dict) -> None:
-    flags.DEFINE_string("name", "vit-jax", "Of the queued resource.", **where)
-    flags.DEFINE_string("zone", None, "Like us-central2-b.", **where)
-    flags.DEFINE_string("project", "", "gcloud's own by default.", **where)
-    flags.DEFINE_string("accelerator", None, "Like v4-32.", **where)
-    flags.DEFINE_string("runtime_version", None, "Like tpu-ubuntu2204-base.", **where)
-    flags.DEFINE_bool("spot", False, "Cheaper, and may be taken away.", **where)
-    flags.DEFINE_bool("delete", True, "Gives the TPU back at the end.", **where)
-    flags.DEFINE_integer("poll", 30, "Seconds between two looks whether it is there.", **where)
-
-
-def _tpu_vm(values: flags.FlagValues, commands: list[list[str]]) -> int:
-    _require(values, "zone", "accelerator", "runtime_version")
-    script = tpu_vm_script(
-        commands,
-        name=values.name,
-        zone=values.zone,
-        project=values.project,
-        accelerator=values.accelerator,
-        runtime_version=values.runtime_version,
-        spot=values.spot,
-        delete=values.delete,
-        poll=values.poll,
-        max_restarts=values.max_restarts,
-    )
-    return _run(["bash"], script, "tpu_vm.sh", values.dry_run)
-
-
-def _require(values: flags.FlagValues, *names: str) -> None:
-    for name in names:
-        if not values[name].value:
-            raise ValueError(f"--{name} is missing.")
+    if command[0] != "train":
+        return
+    _, config = parse_with_config(command[1:], train.define_flags, usage=train.USAGE)
+    chips = num_slices * math.prod(parse_topology(topology)[1])
+    mesh = {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1} | config.mesh.to_dict()
+    known = math.prod(size for size in mesh.values() if size != -1)
+    sizes = {axis: chips // known if size == -1 else size for axis, size in mesh.items()}
+    parts = chips // sizes["tensor"]
+    where = f"{chips} chips of {num_slices} × {topology}"
+    if math.prod(sizes.values()) != chips:
+        given = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
+        raise ValueError(f"mesh {given} does not multiply to the {where}; use -1 for one axis.")
+    if sizes["replica"] % num_slices:
+        raise ValueError(f"mesh.replica must be a multiple of --num_slices={num_slices}.")
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size={config.batch_size} must be a multiple of {parts}, for {where}; "
+            f"try {max(round(config.batch_size / parts), 1) * parts}."
+        )
 
 
 def _run(tool: list[str], text: str, name: str, dry_run: bool) -> int:
@@ -211,9 +191,10 @@ def _run(tool: list[str], text: str, name: str, dry_run: bool) -> int:
             ) from error
 
 
+# What a place's flags are the keyword arguments of, and what starts it.
 PLACES = {
-    "local": (_define_local, _local),
-    "slurm": (_define_slurm, _slurm),
-    "gke": (_define_gke, _gke),
-    "tpu-vm": (_define_tpu_vm, _tpu_vm),
+    "local": (LocalJob, _local),
+    "slurm": (slurm_script, _slurm),
+    "gke": (jobset, _gke),
+    "tpu-vm": (tpu_vm_script, _tpu_vm),
 }

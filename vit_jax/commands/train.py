@@ -1,5 +1,6 @@
 """`vit-jax train`: trains, or goes on where the workdir's newest checkpoint is."""
 
+import math
 import os
 import sys
 
@@ -27,21 +28,34 @@ steps are recognised, elsewhere --coordinator, --num_processes and --process_id 
 
 def main(argv: list[str]) -> int:
     """Runs `vit-jax train`; answers the exit code."""
-    values, config = parse_with_config(argv, _define, usage=USAGE)
+    values, config = parse_with_config(argv, define_flags, usage=USAGE)
     if not values.workdir:
         raise ValueError("--workdir is missing: give the run's folder, like --workdir=runs/digits.")
-    processes = runtime.start_processes(
-        coordinator=values.coordinator,
-        num_processes=values.num_processes,
-        process_id=values.process_id,
-        platform=values.platform,
-        start_timeout=values.start_timeout,
-        heartbeat_timeout=values.heartbeat_timeout,
-    )
-    return runtime.until_a_peer_is_lost(processes, lambda: _train(values, config, processes))
+    who = (values.coordinator, values.num_processes, values.process_id)
+    index, count = runtime.who_am_i(*who)
+    folder, timeout = epath.Path(values.workdir) / "hosts", values.hang_timeout
+    with Watchdog(folder, index=index, count=count, timeout=timeout) as watchdog:
+        # Where no coordinator answers, that is said first.
+        limit = min(values.start_timeout + 2, timeout or math.inf)
+        with watchdog.within(limit, phase="waiting for all processes"):
+            processes = runtime.start_processes(
+                coordinator=values.coordinator,
+                num_processes=values.num_processes,
+                process_id=values.process_id,
+                platform=values.platform,
+                start_timeout=values.start_timeout,
+                heartbeat_timeout=values.heartbeat_timeout,
+            )
+        try:
+            return runtime.until_a_peer_is_lost(
+                processes, lambda: _train(values, config, processes, watchdog)
+            )
+        except runtime.AbsentError as error:
+            watchdog.report(str(error))
 
 
-def _define(values: flags.FlagValues) -> None:
+def define_flags(values: flags.FlagValues) -> None:
+    """The command's flags but --config."""
     where = {"flag_values": values}
     flags.DEFINE_string("workdir", None, "Folder of the run.", **where)
     flags.DEFINE_enum(
@@ -52,14 +66,19 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("process_id", None, "Of this one, from 0.", **where)
     flags.DEFINE_float("start_timeout", 300.0, "Seconds to wait for all processes.", **where)
     flags.DEFINE_float(
-        "hang_timeout", 1200.0, "Seconds without a step after which all end; 0 for ever.", **where
+        "hang_timeout", 1200.0, "Seconds without progress after which all end; 0: never.", **where
     )
     flags.DEFINE_float(
         "heartbeat_timeout", 100.0, "Seconds after which the others end if one is silent.", **where
     )
 
 
-def _train(values: flags.FlagValues, config: ConfigDict, processes: runtime.Processes) -> int:
+def _train(
+    values: flags.FlagValues,
+    config: ConfigDict,
+    processes: runtime.Processes,
+    watchdog: Watchdog,
+) -> int:
     from vit_jax.evaluation import summary  # jax starts here, after the flags were understood
     from vit_jax.trainer import Trainer
 
@@ -72,10 +91,11 @@ def _train(values: flags.FlagValues, config: ConfigDict, processes: runtime.Proc
     with processes.together("the start"):
         prepare_if_digits(config.data.get("name", ""), data_dir=config.data.data_dir)
         _make_folder(workdir)
-    lease = None
-    with processes.together("the workdir", extra=PATIENCE):
+    lease, hang_timeout = None, values.hang_timeout
+    limit = hang_timeout and hang_timeout + PATIENCE
+    waiting = watchdog.within(limit, phase="waiting for the workdir")
+    with waiting, processes.together("the workdir", extra=PATIENCE):
         lease = WorkdirLease(workdir) if processes.is_first else None
-    watchdog = _watchdog(workdir, processes, values.hang_timeout)
     try:
         trainer = Trainer(
             config, workdir, clock=clock, stop=stop, processes=processes, watchdog=watchdog
@@ -105,11 +125,6 @@ def _compare(config: ConfigDict, platform: str | None, processes: runtime.Proces
     with processes.together("the start of the devices"):
         found = runtime.start_devices(platform)
     processes.check_same(found)
-
-
-def _watchdog(workdir: epath.Path, processes: runtime.Processes, timeout: float) -> Watchdog:
-    job = processes.gather("the workdir", f"{os.getpid()} {PROCESS_START}")[0]
-    return Watchdog(workdir / "hosts", processes, job=job, timeout=timeout)
 
 
 def _make_folder(workdir: epath.Path) -> None:

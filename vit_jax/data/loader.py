@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -57,13 +57,12 @@ def make_loader(
     seed: int,
     start_step: int = 0,
     num_steps: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    slots: Sequence[int] | None = None,
 ) -> "Loader":
     """Training batches of the dataset `name`, for steps `start_step` to `num_steps` - 1.
 
-    `batch_size` is global; this process gets its contiguous share of every batch. The rest of the
-    arguments are those of `Loader`.
+    `batch_size` is global; this process gets `slots` of every batch. The rest of the arguments are
+    those of `Loader`.
     """
     if order not in ORDERS:
         raise ValueError(f"order={order!r} is unknown; choose from {', '.join(ORDERS)}.")
@@ -76,8 +75,7 @@ def make_loader(
         seed=seed,
         start_step=start_step,
         num_steps=num_steps,
-        process_index=process_index,
-        process_count=process_count,
+        slots=slots,
         num_workers=num_workers,
         num_threads=num_threads,
         prefetch=prefetch,
@@ -96,8 +94,7 @@ def make_eval_loader(
     strict: bool = False,
     augment: Augmentation,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    slots: Sequence[int] | None = None,
 ) -> "Loader":
     """Every example of a split once, in order; the same number of steps on every process.
 
@@ -113,8 +110,7 @@ def make_eval_loader(
         batch_size=batch_size,
         seed=0,
         num_steps=-(-len(source) // max(batch_size, 1)),
-        process_index=process_index,
-        process_count=process_count,
+        slots=slots,
         num_workers=num_workers,
         num_threads=num_threads,
         prefetch=prefetch,
@@ -130,8 +126,7 @@ def each_once(position: int, *, num_examples: int) -> int:
 class Loader:
     """An iterator over batches; close it, or use it in a `with`, to end its threads and processes.
 
-    A batch holds this process's examples, slots process_index·b to (process_index + 1)·b - 1 of the
-    global batch, where b = batch_size / process_count:
+    A batch holds this process's examples, those in b `slots` of the global batch:
 
     - what the recipe makes, such as `image` uint8 [b, height, width, 3];
     - `label` int32 [b], and `mask` bool [b], False for padding and for unreadable examples, whose
@@ -141,12 +136,11 @@ class Loader:
 
     The attribute `seconds` says how long it took to make the batch handed out last.
 
-    Arguments: `order` maps a position to an index, or to -1 for padding. `num_workers` processes
-    take the batches in turn, -1 for one a core; with 0 this process loads them itself.
-    `num_threads` threads decode the examples of a batch, in each worker; 0 means one there, and one
-    for each core (up to 16) if there are no workers. `prefetch` batches are kept ready, by each
-    worker. With `strict` an
-    unreadable example is a ValueError.
+    Arguments: `slots` are all of the batch if None. `order` maps a position to an index, or to -1
+    for padding. `num_workers` processes take the batches in turn, -1 for one a core; with 0 this
+    process loads them itself. `num_threads` threads decode the examples of a batch, in each worker;
+    0 means one there, and one for each core (up to 16) if there are no workers. `prefetch` batches
+    are kept ready, by each worker. With `strict` an unreadable example is a ValueError.
     """
 
     def __init__(
@@ -159,14 +153,13 @@ class Loader:
         seed: int,
         start_step: int = 0,
         num_steps: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        slots: Sequence[int] | None = None,
         num_workers: int = 0,
         num_threads: int = 0,
         prefetch: int = 2,
         strict: bool = False,
     ):
-        _check_counts(batch_size, process_count, num_workers, num_threads, prefetch)
+        _check_counts(batch_size, num_workers, num_threads, prefetch)
         if not len(source):
             raise ValueError("the source has no examples; load another split.")
         self.source = source
@@ -179,8 +172,7 @@ class Loader:
             seed=seed,
             strict=strict,
             batch_size=batch_size,
-            first_slot=process_index * batch_size // process_count,
-            num_slots=batch_size // process_count,
+            slots=np.arange(batch_size) if slots is None else np.asarray(slots),
             steps=range(start_step, num_steps),
             num_threads=num_threads or (1 if num_workers else min(num_cores(), MAX_THREADS)),
         )
@@ -261,8 +253,7 @@ class _LocalBatches:
     seed: int
     strict: bool
     batch_size: int
-    first_slot: int
-    num_slots: int
+    slots: np.ndarray
     steps: range
     num_threads: int
 
@@ -271,19 +262,18 @@ class _LocalBatches:
 
     def __getitem__(self, number: int) -> Batch:
         start = time.monotonic()
-        first = self.steps[number] * self.batch_size + self.first_slot
+        size = len(self.slots)
         batch = {
-            name: np.empty((self.num_slots, *value.shape), value.dtype)
-            for name, value in self.blank.items()
+            name: np.empty((size, *value.shape), value.dtype) for name, value in self.blank.items()
         }
-        batch["label"] = np.zeros(self.num_slots, np.int32)
-        batch["mask"] = np.zeros(self.num_slots, bool)
-        batch["position"] = np.arange(first, first + self.num_slots)
-        batch["index"] = np.empty(self.num_slots, np.int64)
-        errors = [""] * self.num_slots
+        batch["label"] = np.zeros(size, np.int32)
+        batch["mask"] = np.zeros(size, bool)
+        batch["position"] = self.steps[number] * self.batch_size + self.slots
+        batch["index"] = np.empty(size, np.int64)
+        errors = [""] * size
         # A few parts for each thread, so that all finish at about the same time.
-        length = -(-self.num_slots // (4 * self.num_threads))
-        parts = [slice(at, at + length) for at in range(0, self.num_slots, length)]
+        length = -(-size // (4 * self.num_threads))
+        parts = [slice(at, at + length) for at in range(0, size, length)]
         for _ in self._pool.map(functools.partial(self._fill, batch, errors), parts):
             pass  # here an exception from a part comes out
         batch["error"] = np.array(errors)
@@ -304,7 +294,7 @@ class _LocalBatches:
 
     def _fill(self, batch: Batch, errors: list[str], part: slice) -> None:
         """Writes the examples of some slots, each straight to where it belongs in the batch."""
-        for slot in range(*part.indices(self.num_slots)):
+        for slot in range(*part.indices(len(self.slots))):
             position = int(batch["position"][slot])
             index = batch["index"][slot] = self.order(position)
             out = {name: batch[name][slot] for name in self.blank}
@@ -373,16 +363,9 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _check_counts(
-    batch_size: int, process_count: int, num_workers: int, num_threads: int, prefetch: int
-) -> None:
-    if batch_size < 1 or batch_size % process_count:
-        near = max(batch_size // process_count, 1) * process_count
-        raise ValueError(
-            f"batch_size={batch_size} must be a multiple of the {process_count} processes; "
-            f"try {near}."
-        )
+def _check_counts(batch_size: int, num_workers: int, num_threads: int, prefetch: int) -> None:
     for name, value, least in (
+        ("batch_size", batch_size, 1),
         ("num_workers", num_workers, -1),
         ("num_threads", num_threads, 0),
         ("prefetch", prefetch, 1),

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from vit_jax.data.augment import make_augmentation
+from vit_jax.data.feed import WHOLE, Feed
 from vit_jax.data.loader import Loader, make_eval_loader
 from vit_jax.data.sources import dataset_info
 from vit_jax.features import Features, extract
@@ -98,6 +99,7 @@ class Evaluation:
       augment: the evaluation's own recipe, {'name': …, …}.
       batch_size: global; the last batch is padded, as is any that the devices do not divide.
       num_workers, strict: see `data.loader`.
+      feed: which examples of each batch this process brings; all by default.
 
     Attributes:
       info: of the dataset.
@@ -111,6 +113,7 @@ class Evaluation:
     batch_size: int
     num_workers: int = 0
     strict: bool = False
+    feed: Feed = WHOLE
 
     def __post_init__(self):
         self._kept: dict[str, Batches] = {}
@@ -129,11 +132,10 @@ class Evaluation:
             split=split,
             data_dir=self.data_dir,
             augment=make_augmentation(**self.augment),
-            batch_size=self.batch_size,
+            batch_size=self.feed.whole(self.batch_size),
             num_workers=self.num_workers,
             strict=self.strict,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            slots=self.feed.slots(self.feed.whole(self.batch_size)),
         )
 
     def measure(self, reader: Reader) -> Scores:

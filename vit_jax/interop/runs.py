@@ -37,7 +37,7 @@ def read_run(workdir: epath.Path, *, step: int | None = None) -> tuple:
         step = steps[-1] if step is None else step
         meta = checkpoints.meta(step)
         parts, init = make_parts(config, _info(meta))
-        mesh = make_mesh(devices=jax.devices()[:1])
+        mesh = make_mesh(devices=jax.local_devices()[:1])  # each process reads all
         state, _ = checkpoints.restore(step, abstract_state(init, mesh))
     model = parts.model(state)
     params = params_of(model)
