@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 from tests.recipes import tiny
 from tests.runs import assert_same_bits, deterministic_rows, run, short
 from vit_jax import evaluation as evaluation_lib
+from vit_jax import hlo
 from vit_jax import train as train_lib
 from vit_jax import trainer as trainer_lib
 from vit_jax.checkpoint import Checkpoints, unstack
@@ -115,6 +116,32 @@ def test_fsdp_over_three_sides_of_a_torus_gives_the_same_losses(data_dir, scan):
     wanted = losses_of_one_device(data_dir)
     np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_that_cross_slices_in_parts_give_the_same_losses(
+    data_dir, monkeypatch, accumulate
+):
+    monkeypatch.setattr(train_lib, "num_slices", lambda mesh: mesh.shape["replica"])
+    mesh = make_mesh(replica=2, data=4)
+    leaves = options(accumulate=accumulate)
+    parts, state = parts_and_state(data_dir, mesh, **leaves)
+    assert train_lib.sums_by_slices(parts, mesh)
+    assert not train_lib.sums_by_slices(parts, make_mesh(replica=2, data=2, fsdp=2))
+    found, wanted = losses_on(data_dir, mesh, **leaves), losses_of_one_device(data_dir)
+    assert found.keys() == wanted.keys()
+    for key in wanted:
+        tolerance = 1e-5 if key in ("loss", "accuracy") else 1e-4
+        np.testing.assert_allclose(found[key], wanted[key], rtol=0, atol=tolerance, err_msg=key)
+    batch = put_batch(next(batches()), mesh)
+    text = train_lib.make_step(parts, state, mesh).lower(state, batch).compile().as_text()
+    across = [
+        each for each in hlo.collectives(hlo.parse(text), 8) if hlo.crosses(each, [0] * 4 + [1] * 4)
+    ]
+    numbers = sum(each.total_bytes / 4 for each in across)
+    bundle = -(-parts.num_params // (4 * 16 * 128)) * 16 * 128  # a quarter, in whole tiles
+    assert bundle <= numbers < bundle + 100  # and scalars: of two slices a ring sends all once
 
 
 def torus_mesh():

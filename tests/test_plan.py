@@ -200,3 +200,29 @@ def test_a_plan_for_tpus(capsys, tmp_path):
     assert result["images_per_second"] * result["seconds_per_step_estimate"] == pytest.approx(64)
     module = hlo.parse((tmp_path / "train_step.txt").read_text())
     assert hlo.total_cycles(module) == result["cycles_per_step"]
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_fsdp_over_a_whole_torus_sends_what_a_ring_must(capsys):
+    """Matrices of L/16, on a few tokens; the compiler alone would send twice as much."""
+    shape = {"dim": 1024, "depth": 4, "num_heads": 16, "mlp_dim": 4096, "dtype": "bfloat16"}
+    leaves = [f"--config.model.{key}={value}" for key, value in shape.items()]
+    arguments = ("--config=vit_l16_i21k:debug", *leaves, "--config.batch_size=64")
+    result = planned(capsys, *arguments, "--topology=v5p:4x4x4", "--config.mesh.fsdp=-1")
+    assert result["mesh"]["fsdp"] == 64
+    found, bound = result["collective_bytes"], result["ring_bound_bytes"]
+    assert found["all-gather"] > found["reduce-scatter"] > 10 * found["all-reduce"]
+    assert sum(found.values()) < 1.1 * sum(bound.values())
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_of_gradients_only_parts_cross_slices(capsys):
+    slices = ("--topology=v5e:4x4", "--num_slices=2", "--config.mesh.replica=2")
+    arguments = ("--config=vit_s16_i1k:debug", "--config.model.dim=384", "--config.model.depth=4")
+    arguments += ("--config.model.num_heads=6", "--config.model.mlp_dim=1536")
+    result = planned(capsys, *arguments, "--config.batch_size=64", *slices)
+    (across,) = (kind for kind in result["collective_bytes"] if "across" in kind)
+    assert result["collective_bytes"][across] < 1.1 * result["ring_bound_bytes"][across]
+    assert result["collective_bytes"]["reduce-scatter"] > 0  # and not the whole, twice

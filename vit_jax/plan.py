@@ -19,7 +19,7 @@ from jax.experimental import topologies
 
 from vit_jax import bundles, hlo
 from vit_jax.chips import CHIPS, Chip, devices_per_chip
-from vit_jax.sharding import FSDP_AXES, batch_sharding, num_batch_parts
+from vit_jax.sharding import FSDP_AXES, batch_sharding, num_batch_parts, num_slices
 from vit_jax.train import Parts, TrainState, make_step
 
 # What stands in front of the colon of a topology, with a form that libtpu takes.
@@ -314,7 +314,7 @@ def wire_items(found: Sequence[hlo.Collective]) -> dict[str, float]:
         numbers[collective.kind] += collective.total_bytes / item
     items = {kind: sizes[kind] / numbers[kind] for kind in sizes if numbers[kind]}
     common = max(items.values(), default=4.0)
-    return {kind: items.get(kind, common) for kind in hlo.COLLECTIVES}
+    return {kind: items.get(kind, common) for kind in (*hlo.COLLECTIVES, *hlo.ACROSS.values())}
 
 
 def ring_bound(state: TrainState, mesh: Any, items: Mapping[str, float]) -> dict[str, int]:
@@ -324,7 +324,8 @@ def ring_bound(state: TrainState, mesh: Any, items: Mapping[str, float]) -> dict
     backward pass, and its gradient scattered: (n-1)/n of its bytes each; between the m groups that
     hold the same part the gradient's sum is 2(m-1)/m of a part. Of one that is not split, the
     gradient's sum over all N parts of the batch is 2(N-1)/N of its bytes (Rajbhandari et al. 2020,
-    section 7). What `tensor` sends between its devices are activations, and has no part here.
+    section 7). Between slices each chip gives its host its part of the sum, once; the rest stays
+    within the slice. What `tensor` sends between its devices are activations, and has no part here.
 
     Args:
       state: shapes and places.
@@ -332,11 +333,14 @@ def ring_bound(state: TrainState, mesh: Any, items: Mapping[str, float]) -> dict
       items: bytes of a number on the wire, by kind.
     """
     sums: dict[str, float] = collections.defaultdict(float)
-    parts = num_batch_parts(mesh)
+    slices = num_slices(mesh)
+    parts = num_batch_parts(mesh) // slices
     for leaf in jax.tree.leaves(state.params):
         numbers = math.prod(leaf.shape)
         axes = [axis for dim in leaf.sharding.spec for axis in np.ravel(dim or ())]
         numbers //= mesh.shape["tensor"] if "tensor" in axes else 1
+        if slices > 1:
+            sums[hlo.ACROSS["ALL_REDUCE"]] += numbers / parts
         fsdp = math.prod(mesh.shape[axis] for axis in FSDP_AXES if axis in axes)
         if fsdp == 1:
             sums["all-reduce"] += hlo.wire_bytes("all-reduce", numbers, parts)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
@@ -26,16 +27,22 @@ from vit_jax.objectives import OBJECTIVES, Model, Objective
 from vit_jax.optim import make_optimizer, names_filter, num_updates, trained_names, update_ema
 from vit_jax.preprocess import Preprocess, make_preprocess
 from vit_jax.sharding import (
+    BATCH_AXES,
     Splitting,
     check_batch_size,
+    config_sizes,
+    num_batch_parts,
+    num_slices,
     on_host,
     place_tree,
     replicated,
+    sum_by_slices,
 )
 from vit_jax.tree import all_finite, map_named, num_params
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+Axis = str | tuple[str, ...] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +126,7 @@ class Parts:
     flops_per_image: int
     image_size: tuple[int, int]
     num_params: int
+    couples_examples: bool = False
 
     def merge(self, params: Any, non_trainable: Any) -> tuple[Any, Objective]:
         """The backbone and the objective as modules."""
@@ -149,7 +157,7 @@ class Parts:
 
 
 def train_step(
-    parts: Parts, state: TrainState, batch: Batch, *, axis: str | None = None
+    parts: Parts, state: TrainState, batch: Batch, *, axis: Axis = None
 ) -> tuple[TrainState, Metrics]:
     """One update of everything; where loss or gradients are not finite, of the step counter alone.
 
@@ -157,7 +165,7 @@ def train_step(
       parts: see `Parts`.
       state: donated.
       batch: the global batch, see `Objective`; under `jax.pmap` a device's part of it.
-      axis: the name of pmap's axis.
+      axis: the name of pmap's axis; or those of a mesh, where each device has its own part.
 
     Returns:
       The new state, and scalar metrics of this step, 'finite' among them.
@@ -238,9 +246,21 @@ def accumulate(function: Callable, arguments: Any, *, num_parts: int, together: 
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def sum_over(tree: Any, axis: str | None) -> Any:
-    """The sum over pmap's devices; without an axis arrays are global, and sums complete."""
-    return tree if axis is None else jax.lax.psum(tree, axis)
+def sum_over(tree: Any, axis: Axis) -> Any:
+    """The sum over all devices; without an axis arrays are global, and sums complete."""
+    if axis is None:
+        return tree
+    return sum_by_slices(tree) if axis == BATCH_AXES else jax.lax.psum(tree, axis)
+
+
+def sums_by_slices(parts: Parts, mesh: jax.sharding.Mesh) -> bool:
+    """Whether each device computes gradients of its own part, for `sum_by_slices`.
+
+    It wants several slices, the same parameters everywhere, and a loss that can be split.
+    """
+    same = num_batch_parts(mesh) == mesh.size and config_sizes(mesh)["fsdp"] == 1
+    plain = not parts.couples_examples and not parts.options.offload_opt_state
+    return num_slices(mesh) > 1 and same and plain and parts.options.spmd == "jit"
 
 
 def make_step(parts: Parts, state: TrainState, mesh: jax.sharding.Mesh) -> Callable:
@@ -261,6 +281,13 @@ def make_step(parts: Parts, state: TrainState, mesh: jax.sharding.Mesh) -> Calla
         return jax.pmap(step, "batch", devices=devices, axis_size=mesh.size, **options)
 
     places = jax.tree.map(lambda x: x.sharding, state)
+    if sums_by_slices(parts, mesh):
+        whole = PartitionSpec()
+        specs = {"in_specs": (whole, PartitionSpec(BATCH_AXES)), "out_specs": (whole, whole)}
+        step = functools.partial(train_step, parts, axis=BATCH_AXES)
+        step = jax.shard_map(step, mesh=mesh, check_vma=False, **specs)
+        step.__name__ = "train_step"
+        return jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
     offloaded = parts.options.offload_opt_state
 
     def step(state, batch):
@@ -278,14 +305,14 @@ def make_step(parts: Parts, state: TrainState, mesh: jax.sharding.Mesh) -> Calla
 def check_batch(batch_size: int, parts: Parts, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError unless devices, accumulation and mixup can split the global batch."""
     options, together = parts.options, parts.preprocess.together
-    split = options.spmd == "pmap" or options.accumulate > 1
+    split = options.spmd == "pmap" or options.accumulate > 1 or sums_by_slices(parts, mesh)
     fit = {"accumulate": options.accumulate, "together": together if split else 1}
     check_batch_size(batch_size, mesh, **fit)
     if batch_size % together:
         raise ValueError(f"mixup pairs examples: batch_size={batch_size} must be even.")
 
 
-def example_keys(seed: int, step: jax.Array, batch_size: int, axis: str | None = None) -> jax.Array:
+def example_keys(seed: int, step: jax.Array, batch_size: int, axis: Axis = None) -> jax.Array:
     """[batch] keys, one a slot of the global batch: no mesh and no restart changes a draw."""
     step_key = jax.random.fold_in(jax.random.key(seed), step)
     first = 0 if axis is None else jax.lax.axis_index(axis) * batch_size
@@ -332,6 +359,7 @@ def make_parts(config: ConfigDict, info: DatasetInfo) -> tuple[Parts, Callable[[
         flops_per_image=objective.flops_per_image(backbone),
         image_size=backbone.image_size,
         num_params=num_params(params),
+        couples_examples=objective.couples_examples,
     )
     return parts, lambda: parts.start(*make_modules())
 

@@ -136,7 +136,7 @@ def _obstacle(name: str, shape: tuple[int, ...], dtype: str, num_heads: int) -> 
             f"not {head_dim}"
         )
     if parts is None:
-        if name == "tpu" and jax.device_count() > 1:
+        if name == "tpu" and jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty:
             return "needs to know the mesh where there are several devices (jax.set_mesh)"
         return ""
     if batch % parts[0]:
