@@ -179,7 +179,7 @@ def monitor(clock, tmp_path):
 
 def metrics_of(step, finite=True, rejected=0):
     values = {"loss": step / 4, "learning_rate": 1e-3, "grad_norm": 2.0, "finite": finite}
-    values["rejected"] = rejected  # counted over all processes
+    values |= {"update_norm": 0.1, "rejected": rejected}  # counted over all processes
     return {name: jnp.asarray(value) for name, value in values.items()}
 
 
@@ -246,6 +246,12 @@ def test_updates_that_are_not_finite_are_counted_and_then_end_the_run(monitor, t
     ):
         monitor.flush()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["train/skipped"] == 1
+
+
+def test_a_broken_update_of_whole_gradients_is_never_skipped_over(monitor):
+    monitor.push(1, metrics_of(1, finite=False) | {"update_norm": jnp.float32(jnp.nan)})
+    with pytest.raises(FloatingPointError, match="step 1 is not finite"):
+        monitor.flush()
 
 
 def test_the_last_step_is_logged_whatever_the_cadence(monitor, tmp_path):

@@ -258,7 +258,10 @@ class Monitor:
     def _skip(self, step: int, values: Mapping[str, Any]) -> None:
         self.skipped += 1
         what = f"step {step} is not finite (loss {values['loss']}, grad norm {values['grad_norm']})"
-        if self.skipped > self._max_skips:
+        # The device skips by loss and gradients; an update that came out broken all the same is in.
+        whole = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+        applied = whole and not math.isfinite(values["update_norm"])
+        if applied or self.skipped > self._max_skips:
             raise FloatingPointError(
                 f"{what}; {self._last_good()} is the last good state: lower the learning rate, "
                 f"clip gradients, or skip such steps with train.max_skips (now {self._max_skips})."
