@@ -77,18 +77,26 @@ def check_top_level(config: ConfigDict) -> None:
 
 
 def call(section: str, function: Callable, values: Mapping[str, Any], **derived: Any) -> Any:
-    """function(**values, **derived), after checking the section's keys against the signature.
+    """function(**values, **derived), after `check_keys`; of `derived` only what it takes."""
+    parameters = check_keys(section, function, values, derived)
+    derived = {key: value for key, value in derived.items() if key in parameters}
+    return function(**plain(values), **derived)
+
+
+def check_keys(
+    section: str, function: Callable, values: Mapping[str, Any], derived: Iterable[str] = ()
+) -> Mapping[str, inspect.Parameter]:
+    """Checks a section's keys against a signature, and answers the signature's parameters.
 
     Args:
       section: name in the config, for messages.
       function: takes keyword arguments.
       values: the config section.
-      derived: what the run adds; not to be set in the config.
+      derived: names of what the run adds; not to be set in the config.
 
     Raises:
       ValueError: a key that the function does not take (the nearest is named), or a missing one.
     """
-    values = plain(values)
     # Of a class, its __init__: the metaclass of NNX modules hides it.
     target = functools.partial(function.__init__, None) if isinstance(function, type) else function
     parameters = inspect.signature(target).parameters
@@ -99,7 +107,7 @@ def call(section: str, function: Callable, values: Mapping[str, Any], **derived:
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in values and name not in derived:
             raise ValueError(f"config.{section} lacks {name!r}.")
-    return function(**values, **{k: v for k, v in derived.items() if k in parameters})
+    return parameters
 
 
 def choose(section: str, choices: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Any, dict]:

@@ -174,16 +174,23 @@ class FeatureCache:
         self.folder = folder
 
     def load(self, key: str, names: Sequence[str]) -> Features | None:
-        """The set, if it is there with all these names."""
+        """The set, if it is there with all these names, undamaged."""
         folder = self.folder / key
         paths = {name: folder / f"{name}.npy" for name in names}
         if not all(path.exists() for path in paths.values()) or not folder.exists():
             return None
-        values = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
-        rejected = json.loads((folder / "meta.json").read_text())["rejected"]
-        return Features(
-            values, np.load(folder / "label.npy"), np.load(folder / "index.npy"), rejected
-        )
+        try:
+            values = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+            label, index = (np.load(folder / f"{name}.npy") for name in ("label", "index"))
+            rejected = json.loads((folder / "meta.json").read_text())["rejected"]
+        except (ValueError, EOFError, OSError):  # cut short, by a full disk or a copy
+            return None
+        return Features(values, label, index, rejected)
+
+    def drop_damaged(self, key: str) -> None:
+        """Removes a set of which a file cannot be read; whoever calls keeps others away."""
+        if self.load(key, sorted(self.names(key))) is None:
+            shutil.rmtree(self.folder / key, ignore_errors=True)
 
     def names(self, key: str) -> set[str]:
         """The features that a set has by now."""

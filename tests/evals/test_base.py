@@ -7,6 +7,7 @@ import pytest
 from tests.evals.test_classification import model
 from vit_jax.evals import EVALS, base
 from vit_jax.evaluation import evaluate, summary
+from vit_jax.features import FeatureCache, Features
 from vit_jax.sharding import make_mesh
 
 OPTIONS = {
@@ -31,6 +32,9 @@ def test_it_runs_in_a_training_loop(data_dir, name):
     else:
         assert results["test/count"] == 360 and 0 < results["test/top1"] < 1
         assert summary(results).startswith("test accuracy ")
+    # Of a metric of other examples than the first, theirs.
+    counts = {"linear_probe": {"test/held_out_top1_count": 144}}.get(name, {})
+    assert {key: results[key] for key in results if key.endswith("_count")} == counts
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -50,3 +54,19 @@ def test_a_small_split_is_decoded_once(data_dir, monkeypatch, kept):
     for one, two in zip(*passes, strict=True):
         for key in one:
             np.testing.assert_array_equal(one[key], two[key])
+
+
+def test_features_that_were_cut_short_are_not_there(tmp_path):
+    cache = FeatureCache(tmp_path)
+    values = np.arange(80, dtype=np.float32).reshape(20, 4)
+    whole = Features({"pooled": values, "logits": values}, np.zeros(20), np.arange(20), 0)
+    for name in ("pooled.npy", "label.npy", "meta.json"):
+        for size in (0, 30):
+            cache.save("key", whole)
+            cache.drop_damaged("key")  # nothing is
+            np.testing.assert_array_equal(cache.load("key", ["pooled"]).values["pooled"], values)
+            path = tmp_path / "key" / name
+            path.write_bytes(path.read_bytes()[: min(size, len(path.read_bytes()) - 1)])
+            assert cache.load("key", ["pooled"]) is None
+            cache.drop_damaged("key")
+            assert not (tmp_path / "key").exists()

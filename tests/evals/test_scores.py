@@ -1,11 +1,14 @@
 """Subset heads, ReaL's labels and calibration, on cases made by hand."""
 
+import contextlib
 import json
+import types
 
 import numpy as np
 import pytest
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
+from vit_jax.evals import EVALS
 from vit_jax.evals import classification as lib
 
 HEAD = ("ant", "bee", "cat", "dog")
@@ -100,6 +103,49 @@ def test_classes_that_do_not_match_are_named(classes, subset, words):
         lib.matched(HEAD, classes, subset, "x")
 
 
+def test_a_head_that_repeats_a_name_is_refused():
+    with pytest.raises(ValueError, match="head has 'crane' more than once"):
+        lib.matched(("crane", "bee", "crane"), ("bee",), "dataset", "x")
+
+
+def test_examples_are_called_by_what_tells_them_apart():
+    records = [{"filename": name} for name in (b"ant/1.png", b"bee/2.png")]
+    assert lib.example_names(records) == ["1", "2"]
+    assert lib.example_names([{}, {}]) == [f"{0:012}", f"{1:012}"]
+    records.append({"filename": b"bee/1.png"})
+    assert lib.example_names(records) == ["ant/1.png", "bee/2.png", "bee/1.png"]
+    with pytest.raises(ValueError, match="2 examples of the split are called 'ant/1.png'"):
+        lib.example_names([*records, records[0]])
+
+
+def test_labels_of_examples_whose_names_repeat_go_by_the_whole_name(data_dir, tmp_path):
+    path = tmp_path / "real.json"
+    path.write_text(json.dumps({"1": [3]}))
+    scorer = evaluation(data_dir, labels=str(path))
+    records = [{"filename": f"{folder}/1.png"} for folder in ("ant", "bee")]
+    scorer.loader = lambda split: contextlib.nullcontext(types.SimpleNamespace(source=records))
+    given = Given(np.zeros(2, np.int32))
+    with pytest.raises(ValueError, match="labels lacks 2 examples, the first: 'ant/1.png'"):
+        scorer.measure(given)
+    scorer._labels = {"ant/1.png": [3], "bee/1.png": [5]}
+    np.testing.assert_array_equal(scorer._targets(given.found)[0].argmax(1), [3, 5])
+
+
+@pytest.mark.parametrize("name", ["classification", "knn", "linear_probe", "fewshot"])
+def test_what_is_not_finite_is_refused(data_dir, name):
+    augment = {"name": "none", "size": (8, 8)}
+    options = {"dataset": "digits", "data_dir": data_dir, "augment": augment, "batch_size": 360}
+    scorer = EVALS[name](**options)
+    given = Given(np.zeros(360, np.int32))
+    values = np.ones((360, 10), np.float32)
+    values[5:8, 3], values[9] = np.nan, np.inf
+    given.found.values.update(dict.fromkeys(scorer.wants["test"], values))
+    with pytest.raises(
+        ValueError, match=rf"{type(scorer).__name__} on digits/.* 4 of 360 examples"
+    ):
+        scorer.measure(given)
+
+
 def evaluation(data_dir, **options):
     augment = {"name": "none", "size": (8, 8)}
     return lib.Classification(
@@ -129,11 +175,11 @@ def test_real_labels_count_any_of_the_set_and_leave_out_the_empty(data_dir, tmp_
     if by_name:
         table = {f"{i:012}": [str(c) for c in each] for i, each in enumerate(sets)}
         plain = evaluation(data_dir)
-        names = [lib._stem(record, i) for i, record in enumerate(plain.loader("test").source)]
+        names = lib.example_names(plain.loader("test").source)
         table = dict(zip(names, table.values(), strict=True))
     else:  # a list is in the order of the files' names
         plain = evaluation(data_dir)
-        names = [lib._stem(record, i) for i, record in enumerate(plain.loader("test").source)]
+        names = lib.example_names(plain.loader("test").source)
         table = [table[i] for i in np.argsort(names)]
     path = tmp_path / "real.json"
     path.write_text(json.dumps(table))
@@ -151,7 +197,8 @@ def test_labels_that_do_not_fit(data_dir, tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="is no JSON file"):
         evaluation(data_dir, labels=str(path))
-    for table, words in (([[1]] * 7, "7 entries for 360"), ([["elk"]] * 360, "'elk'")):
+    tables = ([[1]] * 7, "7 entries for 360"), ([["elk"]] * 360, "'elk'"), ([[1.5]] * 360, "1.5;")
+    for table, words in (*tables, ([[[1]]] * 360, "its number")):
         path.write_text(json.dumps(table))
         with pytest.raises(ValueError, match=words):
             evaluation(data_dir, labels=str(path)).measure(Given(np.zeros(360, np.int32)))

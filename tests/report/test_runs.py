@@ -4,8 +4,11 @@ import pathlib
 import pytest
 from etils import epath
 
+from tests.evals.test_classification import model
 from tests.report.pages import write_run
+from vit_jax.report.examples import score
 from vit_jax.report.layout import mesh_sizes, say_bytes
+from vit_jax.report.run_page import scores_of
 from vit_jax.report.runs import config_rows, names, parent_of, read_run
 
 
@@ -49,6 +52,25 @@ def test_what_a_watching_sweep_found_is_the_runs_too(tmp_path):
     assert run.series("digits_knn/top1") == ([100], [0.97])
     assert run.evaluated()[-1] == "digits_knn/top1"
     assert run.seconds_to(110) == 100  # when the step was done, not when it was evaluated
+
+
+def test_a_metric_has_the_count_that_it_was_computed_on(tmp_path):
+    workdir = write_run(tmp_path / "run")
+    values = {"top1": 0.9, "held_out_top1": 0.8, "held_out_top1_count": 144, "count": 360}
+    row = {"step": 200, "time": 1.9e9} | {f"probe/{name}": x for name, x in values.items()}
+    (workdir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    counts = {score.metric: score.count for score in scores_of(read_run(workdir))}
+    assert counts == {"top1": 360, "held_out_top1": 144}
+
+
+def test_an_evaluation_of_a_subset_knows_the_heads_classes(data_dir):
+    section = {"name": "classification", "subset": "dataset", "dataset": "digits"}
+    section |= {"data_dir": data_dir, "batch_size": 360}
+    section["augment"] = {"name": "none", "size": (8, 8)}
+    head = ("elk", "owl", *map(str, range(10)))
+    scores = score("test", section, model(num_classes=12), head)
+    assert scores.values[0].count == 360
+    assert scores.artefacts["confusion"]["predicted_names"] == list(head)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "{}"])

@@ -8,8 +8,10 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
+from vit_jax.commands import sweep
 from vit_jax.sweep import store as lib
 from vit_jax.sweep import table
+from vit_jax.sweep.checkpoints import Finder, check_same_config, finished
 from vit_jax.sweep.worker import Task, work
 
 
@@ -52,6 +54,9 @@ def test_results_of_a_newer_version_are_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": lib.FORMAT + 1}))
     with pytest.raises(ValueError, match="written by a newer vit_jax .*another --workdir"):
         store.results()
+    path.write_text(json.dumps({"format": str(lib.FORMAT + 1)}))
+    with pytest.raises(ValueError, match="written by a newer vit_jax"):
+        store.results()
     path.write_text("{")
     with pytest.raises(ValueError, match="a.json is damaged .*delete it"):
         store.results()
@@ -75,6 +80,63 @@ def test_what_the_file_no_longer_asks_for_is_orphaned(tmp_path):
     kept, orphaned = (sorted(r["unit"]["id"] for r in part) for part in store.current())
     assert kept == ["asked", "deleted"]
     assert orphaned == ["run", "setting", "weights"]
+
+
+def test_a_dataset_that_was_prepared_again_is_another_one(tmp_path):
+    store, correct = lib.Store(tmp_path), {"examples": "e", "count": 8}
+    old, new = {"dataset_fingerprint": "old"}, {"dataset_fingerprint": "new"}
+    save(store, unit("before", **old), correct=correct | {"bits": "8A=="})
+    save(store, unit("gone", step=1, **old), correct=correct | {"bits": "8A=="})
+    save(store, unit("after", **new), value("top1", 0.75), correct=correct | {"bits": "/A=="})
+    # What is in one table after all is not taken for the same examples.
+    board = table.leaderboard(store.current()[0])
+    assert len(board) == 3 and [row["p_value"] for row in board] == [None] * 3
+    store.save_plan([unit("after", **new)])
+    kept, orphaned = (sorted(r["unit"]["id"] for r in part) for part in store.current())
+    assert kept == ["after"] and orphaned == ["before", "gone"]
+
+
+def test_failures_that_are_no_longer_asked_for_do_not_count(tmp_path):
+    store = lib.Store(tmp_path)
+    for name in ("asked", "dropped", "train-asked", "train-dropped"):
+        store.save_failure(name, "why", "where")
+    assert len(store.current_failures()) == 4  # nothing is known yet
+    store.save_plan([unit("asked"), unit("other")], ["train-asked"])
+    assert sorted(store.current_failures()) == ["asked", "train-asked"]
+    with pytest.raises(ValueError, match="2 units failed, 0 are done"):
+        sweep._finish(store)
+    store.save_plan([unit("other")])
+    assert sweep._finish(store) == 0
+
+
+def write_run(folder, **leaves):
+    """A run with its last checkpoint, as far as a look at the folder tells."""
+    config = {"total_steps": 6, "log_every": 2, "optimizer": {"learning_rate": 1e-3}} | leaves
+    (folder / "checkpoints" / "6").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return config
+
+
+def test_a_run_of_another_config_is_not_the_one_that_is_wanted(tmp_path):
+    run = tmp_path / "runs" / "seed=0"
+    config = write_run(run)
+    assert finished(run) and finished(run, config) and finished(run, config | {"log_every": 1})
+    other = config | {"optimizer": {"learning_rate": 2e-3}}
+    assert not finished(run, other)
+    words = r"optimizer.learning_rate: 0.001 -> 0.002; choose another --workdir or delete .*seed=0"
+    for refuse in (check_same_config, lambda run, config: sweep._train(config, run, stop=None)):
+        with pytest.raises(ValueError, match=words):
+            refuse(run, other)
+    check_same_config(run, config | {"log_every": 1})
+    (run / "checkpoints" / "6").rmdir()
+    check_same_config(run, other)  # nothing binds it yet
+
+
+def test_patterns_without_a_run_are_found(tmp_path):
+    write_run(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    patterns = [f"{tmp_path}/{name}" for name in ("*", "b", "c*")]
+    assert Finder(runs=patterns).missing() == patterns[1:]
 
 
 HOLD = """

@@ -22,8 +22,9 @@ from vit_jax.commands import sweep
 from vit_jax.data.sources import dataset_info
 from vit_jax.interop.export import export
 from vit_jax.metrics import read_run_rows
+from vit_jax.runtime import Preempted, StopSignal
 from vit_jax.sweep import units as units_lib
-from vit_jax.sweep.checkpoints import Finder
+from vit_jax.sweep.checkpoints import Checkpoint, Finder
 from vit_jax.sweep.store import Store
 from vit_jax.sweep.training import variations
 
@@ -226,6 +227,11 @@ def test_imported_models_stand_beside_runs(trained, data_dir, tmp_path):
         ({"datasets": {"x": {}}}, [], "needs a 'dataset'"),
         ({"datsets": {}}, [], "unknown section 'datsets'"),
         ({"training": {"config": "digits", "leaves": {"sed": [1]}}}, [], "did you mean 'seed'"),
+        ({"evals": {"x": {"name": "knn", "split": "train"}}}, [], "belongs into the sweep's data"),
+        ({"evals": {"x": {"name": "knn", "temprature": 1}}}, [], "did you mean 'temperature'"),
+        ({"datasets": {"x": {"dataset": "y", "batch_size": 1, "splt": "z"}}}, [], "mean 'split'"),
+        ({"checkpoints": {"runs": ["no/where*"]}}, [], "'no/where.' matches no run .*--watch"),
+        ({"training": {"config": "digits", "leaves": {}, "samples": -3}}, [], "samples=-3 must"),
         ({}, ["--num_workers=0"], "must be at least 1"),
         ({}, ["--csv"], "need --results"),
     ],
@@ -234,6 +240,36 @@ def test_bad_input(data_dir, tmp_path, changes, argv, words):
     config = make(tmp_path, data_dir, [], **changes)
     with pytest.raises(ValueError, match=words):
         sweep.main([config, f"--workdir={tmp_path}/sweep", *argv])
+
+
+def test_a_watcher_says_that_it_waits(data_dir, tmp_path, monkeypatch, capsys):
+    def stop(signal):
+        raise Preempted
+
+    monkeypatch.setattr(StopSignal, "check", stop)
+    monkeypatch.setattr(sweep, "NICENESS", 0)
+    config = make(tmp_path, data_dir, [tmp_path / "later*"])
+    assert sweep.main([config, f"--workdir={tmp_path}/sweep", "--watch"]) == 75
+    assert (
+        "later*' matches no run (a folder with a config.json) yet; wait" in capsys.readouterr().out
+    )
+
+
+def test_a_unit_is_named_by_what_its_files_hold(data_dir, tmp_path):
+    path = tmp_path / "real.json"
+    datasets = {"digits": {"dataset": "digits", "data_dir": data_dir, "batch_size": 8}}
+    evals = {"own": {"name": "classification", "labels": str(path)}}
+    checkpoint = Checkpoint("model", "model", digest="weights")
+    with pytest.raises(FileNotFoundError, match="evals.own.labels=.* is no file"):
+        units_lib.make_units([checkpoint], datasets, evals)
+    found = []
+    for text in ("[[1]]", "[[2]]", "[[2]]"):
+        path.write_text(text)
+        found += [unit for unit, _ in units_lib.make_units([checkpoint], datasets, evals)]
+    assert found[1] == found[2]
+    assert found[0].id != found[1].id and found[0].config_digest != found[1].config_digest
+    fingerprint = dataset_info("digits", data_dir=data_dir).fingerprint
+    assert found[0].dataset_fingerprint == fingerprint
 
 
 def test_missing_things(data_dir, tmp_path):
@@ -273,6 +309,10 @@ def test_grids_and_draws():
     assert drawn == variations(rates, samples=50, seed=3) != variations(rates, samples=50, seed=4)
     values = np.log10([run["optimizer.learning_rate"] for run in drawn.values()])
     assert -4 <= values.min() < -3.5 and -2.5 < values.max() <= -2
+    choices = {"seed": [0, 1], "save_every": [3, 6]}
+    assert len(variations(choices, samples=4)) == 4  # no run twice
+    with pytest.raises(ValueError, match="samples=5 is more than the 4 different runs"):
+        variations(choices, samples=5)
     with pytest.raises(ValueError, match="is a range; set training.samples"):
         variations(rates)
     with pytest.raises(ValueError, match="must be a list of choices or a range"):

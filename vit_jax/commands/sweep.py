@@ -109,6 +109,12 @@ def _work(values, config, stop, children=(), number: int = 0) -> Any:
             store.forget_failure(unit)
     enable_compilation_cache()
     tasks = _Tasks(values, config, store, stop)
+    if not number and (missing := tasks.missing()):
+        said = f"checkpoints.runs: {', '.join(map(repr, missing))} matches no run (a folder with a "
+        said += "config.json)"
+        if not values.watch:
+            raise ValueError(f"{said}; mend the path, or add --watch to wait for it.")
+        print(f"{said} yet; waiting for it", flush=True)
     shift = number * 1000 + os.getpid()  # workers begin at different tasks
     work(
         store,
@@ -139,6 +145,10 @@ class _Tasks:
         self._finder = call("checkpoints", Finder, config.checkpoints, inside=self._own)
         self._evaluator = Evaluator(store, self._datasets, self._evals, check_stop=stop.check)
 
+    def missing(self) -> list[str]:
+        """Those of the file's runs that are not there yet."""
+        return self._finder.missing()
+
     def list(self, shift: int = 0) -> tuple[list, bool]:
         """The tasks, and whether more may come."""
         from vit_jax.sweep.checkpoints import finished
@@ -146,12 +156,13 @@ class _Tasks:
         from vit_jax.sweep.worker import Task
 
         runs = {self._own / name: config for name, config in self._runs.items()}
-        ready = [run for run in runs if finished(run)]
+        ready = [run for run, config in runs.items() if finished(run, config)]
         more = any(run not in ready and not self._store.failed(_train_id(run)) for run in runs)
         watched = self._finder.runs() if self._watch else []
         more |= self._watch and (not watched or not all(map(finished, watched)))
         units = make_units(self._finder(ready), self._datasets, self._evals)
-        self._store.save_plan([unit for unit, _ in units])
+        to_train = [_train_id(run) for run in runs if run not in ready]
+        self._store.save_plan([unit for unit, _ in units], to_train)
         tasks = [
             Task(
                 unit.id,
@@ -163,7 +174,7 @@ class _Tasks:
         training = [
             Task(
                 _train_id(run),
-                functools.partial(finished, run),
+                functools.partial(finished, run, config),
                 functools.partial(_train, config, run, self._stop),
             )
             for run, config in runs.items()
@@ -224,9 +235,11 @@ def _train(config: ConfigDict, workdir: pathlib.Path, stop: Any) -> None:
     """Trains one run of the sweep, or goes on with it."""
     from vit_jax.lease import WorkdirLease
     from vit_jax.metrics import Stopwatch
+    from vit_jax.sweep.checkpoints import check_same_config
     from vit_jax.sweep.units import Busy
     from vit_jax.trainer import Trainer
 
+    check_same_config(workdir, config)
     workdir.mkdir(parents=True, exist_ok=True)
     try:
         lock = WorkdirLease(epath.Path(workdir))
@@ -277,7 +290,7 @@ def _finish(store: Any) -> int:
             f"{len(orphaned)} results that the sweep's file no longer asks for are kept in results/"
         )
     print(f"{len(results)} results in {path}", flush=True)
-    if failures := store.failures():
+    if failures := store.current_failures():
         unit, failure = next(iter(failures.items()))
         raise ValueError(
             f"{len(failures)} units failed, {len(results)} are done; the first, {unit}: "

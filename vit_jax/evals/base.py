@@ -104,7 +104,10 @@ class Evaluation:
     Attributes:
       info: of the dataset.
       wants: split -> names of features, see `vit_jax/features.py`.
+      FILES: which settings are paths of files whose content decides the result.
     """
+
+    FILES = ()
 
     dataset: str
     split: str = "test"
@@ -138,6 +141,22 @@ class Evaluation:
             slots=self.feed.slots(self.feed.whole(self.batch_size)),
         )
 
+    def read(self, reader: Reader, split: str) -> Features:
+        """The features of a split.
+
+        Raises:
+          ValueError: some of them are not finite: the numbers made of them would mean nothing.
+        """
+        found = reader.features(self, split)
+        for name in self.wants[split]:
+            if bad := num_not_finite(found.values[name]):
+                raise ValueError(
+                    f"{type(self).__name__} on {self.dataset}/{split}: {name!r} is not finite for "
+                    f"{bad} of {len(found.label)} examples; the weights, or their precision, are "
+                    "at fault: evaluate another checkpoint."
+                )
+        return found
+
     def measure(self, reader: Reader) -> Scores:
         """Scores what the reader gives."""
         raise NotImplementedError(f"{type(self).__name__} measures nothing.")
@@ -157,11 +176,23 @@ class Evaluation:
           check_stop: called at every batch; may raise to give up.
 
         Returns:
-          The values by metric, and `count`, of the first of them.
+          The values by metric, and `count` of the first; of a metric that was computed on another
+          number of examples, `<metric>_count` too.
         """
         scores = self.measure(Live(model, put, check_stop))
+        count = scores.values[0].count
         results = {value.metric: value.value for value in scores.values}
-        return results | {"count": scores.values[0].count}
+        others = {f"{x.metric}_count": x.count for x in scores.values if x.count != count}
+        return results | others | {"count": count}
+
+
+def num_not_finite(values: np.ndarray) -> int:
+    """How many rows hold a number that is not finite; in pieces, as they may be on disk."""
+    count = 0
+    for start in range(0, len(values), 8192):
+        finite = np.isfinite(values[start : start + 8192])
+        count += int((~finite.all(axis=tuple(range(1, finite.ndim)))).sum())
+    return count
 
 
 class Live:

@@ -1,10 +1,11 @@
 """Accuracy, loss and calibration on a labelled split, every example counted once."""
 
+import collections
 import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,8 +34,9 @@ class Classification(Evaluation):
         dataset's (ImageNet-A, -R, -O). A mapping from each of the dataset's classes to the head's
         that count as right for it (ObjectNet).
       labels: a JSON file of the classes of each example that count as right (ReaL, Beyer et al.
-        2020): an object by file name without folder and ending, or a list in the order of those
-        names; classes by name or by number. Examples without any are left out.
+        2020): an object by file name without folder and ending (where these repeat, by the whole
+        name as the dataset has it), or a list in the order of those names; classes by name or by
+        number. Examples without any are left out.
       class_names: of the head; () takes the dataset's.
 
     The other arguments are `Evaluation`'s.
@@ -42,6 +44,8 @@ class Classification(Evaluation):
     Raises:
       ValueError: classes that do not match; they are named.
     """
+
+    FILES = ("labels",)
 
     subset: str | Sequence[str] | Mapping[str, Sequence[str]] = ()
     labels: str = ""
@@ -107,7 +111,7 @@ class Classification(Evaluation):
         'mistakes' (the most confident ones: index, label, predicted, confidence), 'correct' (see
         `pack_bits`), 'rejected'.
         """
-        features = reader.features(self, self.split)
+        features = self.read(reader, self.split)
         right, kept = self._targets(features)
         logits = np.asarray(features.values["logits"])[kept]
         if not len(logits):
@@ -139,14 +143,17 @@ class Classification(Evaluation):
     def _labels_of(self, features: Features) -> list[Sequence[Any]]:
         with self.loader(self.split) as loader:
             source = loader.source
-            names = [_stem(source[index], index) for index in range(len(source))]
+            names = example_names([source[index] for index in range(len(source))])
         table = self._labels
         if isinstance(table, list):
             if len(table) != len(names):
                 raise ValueError(f"labels has {len(table)} entries for {len(names)} examples.")
             table = dict(zip(sorted(names), table, strict=True))
         if missing := [names[index] for index in features.index if names[index] not in table]:
-            raise ValueError(f"labels lacks {len(missing)} examples, the first: {missing[0]!r}.")
+            raise ValueError(
+                f"labels lacks {len(missing)} examples, the first: {missing[0]!r} (names without "
+                "folder and ending, or whole ones where those repeat)."
+            )
         return [table[names[index]] for index in features.index]
 
     def _artefacts(self, found: "Scored", label: np.ndarray, index: np.ndarray) -> dict[str, Any]:
@@ -300,6 +307,12 @@ def matched(
     if subset == "dataset":
         subset = list(classes)
     groups = subset if isinstance(subset, Mapping) else {name: [name] for name in subset}
+    repeated = [name for name, count in collections.Counter(head).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"the model's head has {_some(repeated)} more than once, so its classes cannot be told "
+            "by name; give each a name of its own."
+        )
     numbers = {name: number for number, name in enumerate(head)}
     unknown = [name for group in groups.values() for name in group if name not in numbers]
     absent = [name for name in classes if name not in groups]
@@ -350,18 +363,38 @@ def read_labels(path: str) -> dict[str, list] | list[list]:
     return table
 
 
-def _number(name: str | int, numbers: Mapping[str, int]) -> int:
+def _number(name: Any, numbers: Mapping[str, int]) -> int:
     number = numbers.get(name) if isinstance(name, str) else name
+    if number is not None and type(number) is not int:
+        raise ValueError(f"labels names the class {name!r}; give a class's name or its number.")
     if number is None or not 0 <= number < len(numbers):
         raise ValueError(f"labels names the class {name!r}, which the model's head lacks.")
     return number
 
 
-def _stem(record: Mapping[str, Any], index: int) -> str:
-    """The file's name without folder and ending; without one, the place in the split."""
-    name = record.get("filename", record.get("file_name", b""))
-    name = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
-    return re.sub(r"\.\w+$", "", name.rpartition("/")[2]) or f"{index:012}"
+def example_names(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What each example of a split is called in a table of labels.
+
+    The file's name without folder and ending, or, where these repeat, the whole name as the record
+    has it; of a record without one, its place in the split.
+
+    Raises:
+      ValueError: whole names repeat as well.
+    """
+    whole = []
+    for index, record in enumerate(records):
+        name = record.get("filename", record.get("file_name", b""))
+        name = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+        whole.append(name or f"{index:012}")
+    stems = [re.sub(r"\.\w+$", "", name.rpartition("/")[2]) or name for name in whole]
+    for names in (stems, whole):
+        (name, count), *_ = collections.Counter(names).most_common(1)
+        if count == 1:
+            return names
+    raise ValueError(
+        f"labels cannot be told apart by name: {count} examples of the split are called {name!r}; "
+        "prepare the dataset from files of different names."
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

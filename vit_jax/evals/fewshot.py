@@ -50,8 +50,8 @@ class Fewshot(Evaluation):
         Artefacts: 'fewshot' (shots, l2, the held-out accuracy of each strength, how many examples
         were there), 'correct' (of the most shots, see `pack_bits`).
         """
-        train = reader.features(self, self.train_split)
-        test = reader.features(self, self.split)
+        train = self.read(reader, self.train_split)
+        test = self.read(reader, self.split)
         x, num_classes = np.asarray(train.values[self.feature]), len(self.info.class_names)
         order = np.random.default_rng(self.seed).permutation(len(train.label))
         values, rows, correct = [], [], None

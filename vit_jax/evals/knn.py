@@ -47,8 +47,8 @@ class Knn(Evaluation):
 
         Artefacts: 'bank' (its size), 'correct' (of the first k, see `pack_bits`).
         """
-        bank = reader.features(self, self.bank_split)
-        queries = reader.features(self, self.split)
+        bank = self.read(reader, self.bank_split)
+        queries = self.read(reader, self.split)
         if max(self.k) > len(bank.label):
             raise ValueError(
                 f"k={max(self.k)} neighbours of a bank of {len(bank.label)}; set a smaller k."

@@ -64,8 +64,8 @@ class LinearProbe(Evaluation):
         Artefacts: 'linear_probe' (the whole grid with its held-out accuracies, and the chosen
         setting), 'correct' (see `pack_bits`).
         """
-        train = reader.features(self, self.train_split)
-        test = reader.features(self, self.split)
+        train = self.read(reader, self.train_split)
+        test = self.read(reader, self.split)
         num_classes = len(self.info.class_names)
         order = np.random.default_rng(self.seed).permutation(len(train.label))
         kept = max(int(len(order) * (1 - self.held_out)), 1)

@@ -27,20 +27,24 @@ def look(section: Mapping[str, Any], model: Any) -> Scores:
     return score("attention", {"name": "attention"} | chosen, model)
 
 
-def score(name: str, section: Mapping[str, Any], model: Any) -> Scores:
+def score(
+    name: str, section: Mapping[str, Any], model: Any, class_names: Sequence[str] = ()
+) -> Scores:
     """An evaluation of a run's config on every example, with its artefacts.
 
     Args:
       name: the evaluation's in the config.
       section: of the config.
       model: see `vit_jax.load`.
+      class_names: of its head; () takes the dataset's.
 
     Raises:
       FileNotFoundError: the dataset is not here.
       ValueError: it does not fit the model.
     """
     evaluation, options = config_lib.choose(f"evals.{name}", EVALS, section)
-    evaluation = config_lib.call(f"evals.{name}", evaluation, options)
+    derived = {"class_names": tuple(class_names)}
+    evaluation = config_lib.call(f"evals.{name}", evaluation, options, **derived)
 
     def put(batch):
         return {key: jnp.asarray(value) for key, value in batch.items()}

@@ -1,7 +1,7 @@
 """The sections of a run's page that need its checkpoint, its data, or both."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vit_jax.report.artefacts import attention, classification, gallery
@@ -34,7 +34,8 @@ def model_sections(page: Page, run: Run, *, data_dir: str = "") -> None:
         return
     for name, section in config.get("evals", {}).items():
         section = section | moved
-        content = _or_why(functools.partial(_predictions, page, run, name, section, model))
+        predictions = functools.partial(_predictions, page, run, name, section)
+        content = _or_why(functools.partial(predictions, model, source.spec.class_names))
         page.add(f"Predictions on {name}", content)
 
     first = next(iter(config.get("evals", {}).values()), None)
@@ -56,13 +57,17 @@ def _or_why(content: Callable[[], Any]) -> Any:
 
 
 def _batch(config: dict[str, Any], class_names: list[str]) -> list[Html]:
+    if not class_names:
+        raise ValueError("there is no run.json yet, which names the classes.")
     mixup = config.get("preprocess", {}).get("mixup")
     said = "The first images of the first batch, as the loader hands them over"
     said += "; mixup follows on the device." if mixup else "."
     return [note(said), gallery(first_batch(config, class_names))]
 
 
-def _predictions(page: Page, run: Run, name: str, section: dict, model: Any) -> list[Html]:
-    artefacts = score(name, section, model).artefacts
+def _predictions(
+    page: Page, run: Run, name: str, section: dict, model: Any, class_names: Sequence[str]
+) -> list[Html]:
+    artefacts = score(name, section, model, class_names).artefacts
     content = classification(page, artefacts, name=run.name, run=0)
     return content + worst_mistakes(artefacts.get("mistakes", []), section)

@@ -1,5 +1,6 @@
 """The page of a run: its curves, what its model makes of the data, and how it was made."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ SPEED = (
     ("speed/data_wait", "Waiting for data", True, "share of the time that the device waits"),
     ("speed/mfu", "Model FLOPs utilisation", True, "share of the devices' peak"),
 )
-COUNTS = ("count", "rejected")  # of an evaluation: said in words, not drawn
+COUNTS = r"(.*_)?count|rejected"  # of an evaluation: said in words, not drawn
 WATCHED = ("step", "time", "train/skipped", "train/rejected", "speed/seconds_left")
 
 
@@ -116,9 +117,10 @@ def scores_of(run: Run) -> list[Score]:
     for key in run.evaluated():
         evaluation, metric = key.split("/", 1)
         steps, values = run.series(key)
-        if metric in COUNTS or values[-1] is None:
+        if re.fullmatch(COUNTS, metric) or values[-1] is None:
             continue
-        count = run.last(f"{evaluation}/count")
+        own = run.last(f"{key}_count")  # where it is not that of the evaluation
+        count = run.last(f"{evaluation}/count") if own is None else own
         section = run.config.get("evals", {}).get(evaluation) or {}
         found.append(
             Score(

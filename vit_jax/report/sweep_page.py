@@ -35,7 +35,7 @@ def sweep_page(workdir: epath.Path, *, examples: bool, data_dir: str = "") -> Pa
     """
     store = Store(workdir)
     results, orphaned = store.current()
-    failures = store.failures()
+    failures = store.current_failures()
     runs = _runs(results)
     names = list(dict.fromkeys(result["unit"]["checkpoint"] for result in results))
     page = Page("sweep", workdir.absolute().name, _lede(results, failures, orphaned), names)

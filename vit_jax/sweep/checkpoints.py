@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from vit_jax.checkpoint import Checkpoints
+from vit_jax.config import differences
 from vit_jax.interop.load import read_source
 
 DEFAULT_SIZE = 224  # `make_vit`'s, where a run's config names none
@@ -77,6 +78,15 @@ class Finder:
         found = [pathlib.Path(path) for pattern in self._runs for path in _expand(pattern)]
         return [path for path in dict.fromkeys(found) if (path / "config.json").exists()]
 
+    def missing(self) -> list[str]:
+        """Those of `runs` that match no run by now."""
+        whole = ((pattern, _expand(pattern)) for pattern in self._runs)
+        return [
+            pattern
+            for pattern, paths in whole
+            if not any((pathlib.Path(path) / "config.json").exists() for path in paths)
+        ]
+
     def __call__(self, own: Sequence[pathlib.Path] = ()) -> list[Checkpoint]:
         """All checkpoints that are there now: of `own` runs, of `runs`, and models."""
         found = []
@@ -112,10 +122,26 @@ def whole_steps(run: pathlib.Path) -> list[int]:
     )
 
 
-def finished(run: pathlib.Path) -> bool:
-    """Whether a run's last checkpoint is there."""
+def finished(run: pathlib.Path, config: Mapping[str, Any] | None = None) -> bool:
+    """Whether a run's last checkpoint is there, and the run is of `config` where one is given."""
     path = run / "config.json"
-    return path.exists() and json.loads(path.read_text())["total_steps"] in whole_steps(run)
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text())
+    same = config is None or not differences(found, config)
+    return same and found["total_steps"] in whole_steps(run)
+
+
+def check_same_config(run: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Raises ValueError, with the differences, if checkpoints of another config are there."""
+    path = run / "config.json"
+    if not path.exists() or not whole_steps(run):
+        return
+    if found := differences(json.loads(path.read_text()), config):
+        raise ValueError(
+            f"{run} holds a run of another config: {'; '.join(found)}; choose another --workdir "
+            f"or delete {run}."
+        )
 
 
 def _expand(pattern: str) -> list[str]:

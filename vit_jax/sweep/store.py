@@ -10,7 +10,7 @@ A result file holds
 
   {"format": 1,
    "unit": {"id", "checkpoint", "step", "dataset", "split", "eval", "protocol", "config_digest",
-            "checkpoint_digest", "run", "settings"},
+            "checkpoint_digest", "run", "settings", "dataset_fingerprint"},
    "values": [{"metric", "value", "low", "high", "count"}, …],   null for what there is not
    "artefacts": {…},                                             of the evaluation, see evals/
    "seconds": …, "time": …, "worker": "host:pid"}
@@ -55,6 +55,7 @@ class Unit:
       checkpoint_digest: of the weights.
       run: path of the run or model.
       settings: what config_digest was taken of.
+      dataset_fingerprint: of the dataset's files.
     """
 
     id: str
@@ -68,6 +69,7 @@ class Unit:
     checkpoint_digest: str
     run: str
     settings: Mapping[str, Any]
+    dataset_fingerprint: str = ""
 
 
 class Store:
@@ -103,13 +105,15 @@ class Store:
         """
         return dict(sorted((path.stem, read_result(path)) for path in self._files("results")))
 
-    def save_plan(self, units: Sequence[Unit]) -> None:
-        """Notes what the sweep's file asks for; see `current`."""
+    def save_plan(self, units: Sequence[Unit], tasks: Sequence[str] = ()) -> None:
+        """Notes what the sweep's file asks for: units, and other tasks by id; see `current`."""
         plan = {
             "format": FORMAT,
+            "tasks": sorted([*(unit.id for unit in units), *tasks]),
+            "datasets": {unit.dataset: unit.dataset_fingerprint for unit in units},
             "settings": sorted({(unit.dataset, unit.eval, unit.config_digest) for unit in units}),
             "runs": sorted({unit.run for unit in units}),
-            "weights": {f"{unit.run}@{unit.step}": unit.checkpoint_digest for unit in units},
+            "checkpoints": sorted({f"{unit.run}@{unit.step}" for unit in units}),
         }
         text = json.dumps(plan, indent=1)
         path = self.folder / PLAN
@@ -122,27 +126,39 @@ class Store:
     def current(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The results that the sweep's file asks for, and the orphaned ones.
 
-        Orphaned are those of settings or runs that are no longer asked for, and those of a
-        checkpoint that has other weights now. One whose checkpoint was deleted meanwhile is not.
+        Orphaned are those of settings, runs or datasets that are no longer asked for (a dataset
+        that was prepared again is another one), and those of a checkpoint that has other weights
+        now. One whose checkpoint was deleted meanwhile is not.
 
         Raises:
           ValueError: see `read_result`.
         """
-        results, path = self.results().values(), self.folder / PLAN
-        if not path.exists():
+        results, plan = self.results().values(), self._plan()
+        if not plan:
             return list(results), []
-        plan = read_result(path)
+        tasks, checkpoints = set(plan["tasks"]), set(plan["checkpoints"])
         settings, runs = set(map(tuple, plan["settings"])), set(plan["runs"])
         kept, orphaned = [], []
         for result in results:
             unit = result["unit"]
-            weights = plan["weights"].get(
-                f"{unit['run']}@{unit['step']}", unit["checkpoint_digest"]
-            )
-            asked = (unit["dataset"], unit["eval"], unit["config_digest"]) in settings
-            asked &= unit["run"] in runs and weights == unit["checkpoint_digest"]
+            deleted = f"{unit['run']}@{unit['step']}" not in checkpoints
+            deleted &= (unit["dataset"], unit["eval"], unit["config_digest"]) in settings
+            deleted &= unit["run"] in runs
+            same_data = unit.get("dataset_fingerprint") == plan["datasets"].get(unit["dataset"])
+            asked = unit["id"] in tasks or (deleted and same_data)
             (kept if asked else orphaned).append(result)
         return kept, orphaned
+
+    def current_failures(self) -> dict[str, dict[str, Any]]:
+        """Those of `failures` that the sweep's file still asks for."""
+        found, plan = self.failures(), self._plan()
+        return {unit: found[unit] for unit in found if not plan or unit in plan["tasks"]}
+
+    def _plan(self) -> dict[str, Any]:
+        """What `save_plan` noted; {} before."""
+        path = self.folder / PLAN
+        plan = read_result(path) if path.exists() else {}
+        return plan if "tasks" in plan else {}  # an older version's tells too little
 
     def failures(self) -> dict[str, dict[str, Any]]:
         """All failures by unit: 'error' in one line, 'traceback', 'time', 'worker'."""
@@ -285,7 +301,7 @@ def read_result(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is damaged ({error}); delete it: it will be done again."
         ) from error
-    if version > FORMAT:
+    if not isinstance(version, int) or version > FORMAT:
         raise ValueError(
             f"{path} was written by a newer vit_jax (format {version}, this one reads up to "
             f"{FORMAT}); upgrade, or use another --workdir."

@@ -95,7 +95,9 @@ def leaderboard(results: Iterable[Mapping[str, Any]]) -> Rows:
         key = unit["dataset"], unit["eval"], metric
         row = dict(zip(("dataset", "eval", "metric"), key, strict=True))
         row |= {"checkpoint": unit["checkpoint"], "step": unit["step"], **values[metric]}
-        groups.setdefault(key, []).append(row | {"correct": result["artefacts"].get("correct")})
+        # The same places in a dataset that was prepared again are other examples.
+        seen = unit.get("dataset_fingerprint"), unit["split"], result["artefacts"].get("correct")
+        groups.setdefault(key, []).append(row | {"correct": seen})
     board = []
     for key in sorted(groups):
         rows = sorted(groups[key], key=lambda row: (-row["value"], _place(row)))
@@ -107,8 +109,9 @@ def leaderboard(results: Iterable[Mapping[str, Any]]) -> Rows:
     return board
 
 
-def _p_value(one: Mapping[str, Any] | None, two: Mapping[str, Any] | None) -> float | None:
-    if not one or not two or one["examples"] != two["examples"]:
+def _p_value(best: tuple, mine: tuple) -> float | None:
+    (*data, one), (*its_data, two) = best, mine
+    if data != its_data or not one or not two or one["examples"] != two["examples"]:
         return None
     return paired_test(unpack_bits(one), unpack_bits(two)).p_value
 

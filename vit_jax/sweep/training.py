@@ -11,6 +11,7 @@ from vit_jax.config import plain
 from vit_jax.sweep.checkpoints import digest
 
 RANGE = {"low", "high", "log"}
+TRIES = 100  # draws for each run that is wanted, repeated ones among them
 
 
 def variations(
@@ -21,12 +22,15 @@ def variations(
     Args:
       leaves: nested as the config is; each leaf a list of choices, or, with `samples`, a range
         {'low': 1e-4, 'high': 1e-2, 'log': True}.
-      samples: how many runs are drawn, each leaf on its own; 0 takes every combination.
+      samples: how many runs are drawn, each leaf on its own, no run twice; 0 takes every
+        combination.
       seed: of the draw.
 
     Raises:
-      ValueError: a leaf that is neither, or a range without `samples`.
+      ValueError: a leaf that is neither, a range without `samples`, or too many `samples`.
     """
+    if samples < 0:
+        raise ValueError(f"training.samples={samples} must be 0 (every combination) or more.")
     choices = dict(_choices("", plain(leaves)))
     if not samples:
         for key, values in choices.items():
@@ -37,10 +41,7 @@ def variations(
         combined = itertools.product(*choices.values())
         runs = [dict(zip(choices, values, strict=True)) for values in combined]
     else:
-        rng = np.random.default_rng(seed)
-        runs = [
-            {key: _draw(rng, values) for key, values in choices.items()} for _ in range(samples)
-        ]
+        runs = _draw_runs(np.random.default_rng(seed), choices, samples)
     varied = [key for key in choices if len({repr(run[key]) for run in runs}) > 1]
     return {_name(run, varied): run for run in runs}
 
@@ -60,6 +61,21 @@ def _choices(prefix: str, values: Mapping[str, Any]):
             raise ValueError(
                 f"training.leaves.{name}={value!r} must be a list of choices or a range."
             )
+
+
+def _draw_runs(
+    rng: np.random.Generator, choices: Mapping[str, Any], samples: int
+) -> list[dict[str, Any]]:
+    runs: dict[str, dict[str, Any]] = {}
+    for _ in range(TRIES * samples):
+        run = {key: _draw(rng, values) for key, values in choices.items()}
+        runs.setdefault(repr(run), run)
+        if len(runs) == samples:
+            return list(runs.values())
+    raise ValueError(
+        f"training.samples={samples} is more than the {len(runs)} different runs that were found "
+        f"in {TRIES * samples} draws; set fewer, or 0 for every combination of lists."
+    )
 
 
 def _draw(rng: np.random.Generator, values: Any) -> Any:

@@ -2,7 +2,9 @@
 
 import collections
 import contextlib
+import dataclasses
 import functools
+import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,9 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 
-from vit_jax.config import call, choose, plain
+from vit_jax.config import call, check_keys, choose, plain
 from vit_jax.data.sources import dataset_info
 from vit_jax.evals import EVALS
 from vit_jax.evals.base import Evaluation, Scores
@@ -47,31 +50,55 @@ def make_units(
       evals: name -> {'name': in EVALS, and its settings}.
 
     Raises:
-      FileNotFoundError, ValueError: a dataset is not there; an evaluation is unknown.
+      FileNotFoundError, ValueError: a dataset, or a file that an evaluation reads, is not there; an
+        evaluation is unknown, or a key of either.
     """
-    infos = {name: _info(section) for name, section in datasets.items()}
-    for key, section in evals.items():
-        choose(f"evals.{key}", EVALS, section)
+    infos = {name: _info(name, section) for name, section in datasets.items()}
+    settings = {key: _settings(key, section) for key, section in evals.items()}
     return [
-        (_unit(checkpoint, dataset, datasets[dataset], infos[dataset], key, evals[key]), checkpoint)
+        (
+            _unit(checkpoint, dataset, datasets[dataset], infos[dataset], key, settings[key]),
+            checkpoint,
+        )
         for checkpoint in checkpoints
         for dataset in datasets
         for key in evals
     ]
 
 
-def _info(section: Mapping[str, Any]) -> Any:
+def _info(name: str, section: Mapping[str, Any]) -> Any:
     if "dataset" not in section:
         raise ValueError(
             "each of the sweep's datasets needs a 'dataset': the name it was prepared by."
         )
+    check_keys(f"datasets.{name}", Evaluation, {"augment": AUGMENT} | plain(section), ["feed"])
     return dataset_info(section["dataset"], data_dir=section.get("data_dir", "data"))
 
 
+def _settings(key: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an evaluation: its section, and digests of the files that it names."""
+    protocol, options = choose(f"evals.{key}", EVALS, section)
+    of_data = [field.name for field in dataclasses.fields(Evaluation)]
+    for name in options:
+        if name in of_data and name != "feed":
+            raise ValueError(
+                f"evals.{key}.{name} belongs into the sweep's datasets: every evaluation scores "
+                "each of them; for another split or recipe add a dataset of another name."
+            )
+    check_keys(f"evals.{key}", protocol, options, of_data)
+    settings = {"eval": plain(section)}
+    for name in protocol.FILES:
+        if path := options.get(name):
+            if not epath.Path(path).is_file():
+                raise FileNotFoundError(f"evals.{key}.{name}={path!r} is no file.")
+            settings[name] = hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()[:16]
+    return settings
+
+
 def _unit(checkpoint, dataset, section, info, key, evaluation) -> Unit:
-    section, evaluation = plain(section), plain(evaluation)
+    section = plain(section)
     kept = {name: value for name, value in section.items() if name not in SPEED}
-    settings = {"dataset": kept, "eval": evaluation}
+    settings = {"dataset": kept, **evaluation}
     config_digest = digest(settings)
     what = [checkpoint.digest, checkpoint.image_size, info.fingerprint, config_digest]
     step = "" if checkpoint.step is None else f"-{checkpoint.step}"
@@ -83,11 +110,12 @@ def _unit(checkpoint, dataset, section, info, key, evaluation) -> Unit:
         dataset=dataset,
         split=section.get("split", "test"),
         eval=key,
-        protocol=evaluation["name"],
+        protocol=settings["eval"]["name"],
         config_digest=config_digest,
         checkpoint_digest=checkpoint.digest,
         run=checkpoint.path,
         settings=settings,
+        dataset_fingerprint=info.fingerprint,
     )
 
 
@@ -128,6 +156,9 @@ class Evaluator:
         if checkpoint.error:
             raise OSError(checkpoint.error)
         evaluation = self._evaluation(checkpoint, unit.dataset, unit.eval)
+        if evaluation.info.fingerprint != unit.dataset_fingerprint:  # prepared again meanwhile
+            self._evaluations.clear()
+            evaluation = self._evaluation(checkpoint, unit.dataset, unit.eval)
         reader = _Reader(self, checkpoint, unit.dataset)
         with self._counted(reader):
             scores: Scores = evaluation.measure(reader)
@@ -168,6 +199,7 @@ class Evaluator:
                 if not mine:
                     raise Busy
                 if self.cache.load(key, names) is None:
+                    self.cache.drop_damaged(key)
                     self._extract(evaluation, checkpoint, dataset, split, key)
             found = self.cache.load(key, names)
         return found
