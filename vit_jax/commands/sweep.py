@@ -294,7 +294,7 @@ def _finish(store: Any) -> int:
         unit, failure = next(iter(failures.items()))
         raise ValueError(
             f"{len(failures)} units failed, {len(results)} are done; the first, {unit}: "
-            f"{failure['error']}; mend it and add --retry_failed."
+            f"{failure['error'].rstrip('.')}; mend it and add --retry_failed."
         )
     return 0
 
