@@ -23,7 +23,7 @@ from vit_jax import hlo
 from vit_jax.chips import Chip
 
 GRID_SECONDS = 0.35e-6
-"""For each cell of a grid, beyond its bundles (Pallas' documentation, TPU pipelining)."""
+"""For each cell of a grid, beyond its bundles: assumed, as no TPU was asked."""
 
 PIPELINE_TRIPS = 2
 """Of a grid's loop beyond its cells, which fetch the first operands and store the last results and
