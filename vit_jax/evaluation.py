@@ -13,7 +13,7 @@ from vit_jax.checkpoint import Checkpoints
 from vit_jax.data.feed import Feed
 from vit_jax.data.sources import DatasetInfo, dataset_info
 from vit_jax.evals import EVALS
-from vit_jax.feeding import make_feed, put_batch
+from vit_jax.feeding import make_feed, pad_batch, put_batch
 from vit_jax.objectives import Model
 from vit_jax.sharding import make_mesh
 from vit_jax.train import abstract_state, make_parts
@@ -45,7 +45,7 @@ def evaluate(
     """{'test/top1': …} of all evaluations; check_stop is called at every batch."""
 
     def put(batch):
-        return put_batch(batch, mesh)
+        return put_batch(pad_batch(batch, mesh), mesh)
 
     with jax.set_mesh(mesh):  # kernels choose by it
         return {

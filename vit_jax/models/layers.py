@@ -119,7 +119,8 @@ class PatchEmbed(nnx.Module):
             padding="VALID",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )  # [batch, rows, columns, dim]
-        return x.reshape(len(x), -1, x.shape[-1]) + self.bias[...].astype(self.dtype)
+        batch, rows, columns, dim = x.shape  # an exported batch is a symbol
+        return x.reshape(batch, rows * columns, dim) + self.bias[...].astype(self.dtype)
 
 
 class Attention(nnx.Module):
