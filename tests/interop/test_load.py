@@ -12,6 +12,7 @@ from tests.interop.models import assert_close, images, source, spec
 from tests.runs import run, short
 from vit_jax.interop import npz
 from vit_jax.interop.export import export
+from vit_jax.interop.facts import Told
 from vit_jax.interop.layouts import BIG_VISION, GOOGLE, HF_DINOV2, HF_SIGLIP, HF_VIT, LAYOUTS, TIMM
 from vit_jax.interop.load import adapt, read_source
 from vit_jax.interop.spec import fill, make_model
@@ -290,7 +291,7 @@ def test_resize_and_crop_travel(format, crop_fraction, interpolation, tmp_path):
 def test_preprocessors_of_transformers(preprocessor, wanted):
     from vit_jax.interop import huggingface
 
-    *found, notes = huggingface._resize(preprocessor)
+    *found, notes = huggingface._resize(Told(preprocessor))
     assert tuple(found) == wanted[:2] and len(notes) == len(wanted[2])
     for note, words in zip(notes, wanted[2], strict=True):
         assert words in note
@@ -316,14 +317,14 @@ def test_normalisations_of_transformers():
     from vit_jax.interop.huggingface import _normalisation
 
     told = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    assert _normalisation(told | {"rescale_factor": 0.00392156862745098}) == (
+    assert _normalisation(Told(told | {"rescale_factor": 0.00392156862745098})) == (
         (0.5,) * 3,
         (0.25,) * 3,
     )
-    assert _normalisation(told | {"do_normalize": False}) == ((0.0,) * 3, (1.0,) * 3)
-    mean, std = _normalisation(told | {"rescale_factor": 1 / 127.5})  # white is 2
+    assert _normalisation(Told(told | {"do_normalize": False})) == ((0.0,) * 3, (1.0,) * 3)
+    mean, std = _normalisation(Told(told | {"rescale_factor": 1 / 127.5}))  # white is 2
     np.testing.assert_allclose(mean + std, (0.25,) * 3 + (0.125,) * 3)
-    mean, std = _normalisation(told | {"do_rescale": False})
+    mean, std = _normalisation(Told(told | {"do_rescale": False}))
     np.testing.assert_allclose(std, (0.25 / 255,) * 3)
 
 

@@ -2,14 +2,15 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
 from vit_jax.checkpoint import Checkpoints
-from vit_jax.config import load_run_config
+from vit_jax.config import TOP_LEVEL, load_run_config
 from vit_jax.data.sources import DatasetInfo
 from vit_jax.interop.spec import params_of, spec_of
 from vit_jax.interop.tables import Report
@@ -36,7 +37,7 @@ def read_run(workdir: epath.Path, *, step: int | None = None) -> tuple:
             raise FileNotFoundError(f"no checkpoint {step or ''} in {workdir}; there are: {found}.")
         step = steps[-1] if step is None else step
         meta = checkpoints.meta(step)
-        parts, init = make_parts(config, _info(meta))
+        parts, init = _made(make_parts, config, _info(meta), workdir)
         mesh = make_mesh(devices=jax.local_devices()[:1])  # each process reads all
         state, _ = checkpoints.restore(step, abstract_state(init, mesh))
     model = parts.model(state)
@@ -44,6 +45,19 @@ def read_run(workdir: epath.Path, *, step: int | None = None) -> tuple:
     report = Report(layout=f"vit_jax checkpoint {step}", matched=len(params))
     spec = spec_of(model, tuple(meta["dataset"]["class_names"]))
     return dataclasses.replace(spec, **_resize(config.evals)), params, report
+
+
+def _made(make_parts: Callable, config: ConfigDict, info: DatasetInfo, workdir: epath.Path):
+    """The parts of a run; a config that this version does not know may be a newer one's."""
+    try:
+        if missing := sorted(TOP_LEVEL - set(config)):
+            raise ValueError(f"config lacks {', '.join(missing)}.")
+        return make_parts(config, info)
+    except ValueError as error:
+        raise ValueError(
+            f"{workdir / 'config.json'}: {str(error).rstrip('.')}; if the run is of a newer "
+            "vit_jax, upgrade: pip install -U vit-jax."
+        ) from error
 
 
 def _resize(evals: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
