@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -43,6 +44,18 @@ def test_a_run_answers_what_its_trainer_answers(trained, tmp_path):
     np.testing.assert_allclose(exported(pixels), wanted, atol=1e-6)
     with pytest.raises(FileNotFoundError, match="no checkpoint 99 .*there are"):
         vit_jax.load(workdir, step=99)
+
+
+def test_a_run_of_a_newer_version(trained, tmp_path):
+    shutil.copytree(trained[1], tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"model": config["model"] | {"newer": 1}}))
+    with pytest.raises(ValueError, match="unknown key 'newer'; if the run is of a newer vit_jax"):
+        vit_jax.load(tmp_path / "run")
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        vit_jax.load(tmp_path / "run")
 
 
 def test_uint8_is_preprocessed_and_float_is_not():
