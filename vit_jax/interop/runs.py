@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.config import TOP_LEVEL, load_run_config
@@ -37,7 +36,10 @@ def read_run(workdir: epath.Path, *, step: int | None = None) -> tuple:
             raise FileNotFoundError(f"no checkpoint {step or ''} in {workdir}; there are: {found}.")
         step = steps[-1] if step is None else step
         meta = checkpoints.meta(step)
-        parts, init = _made(make_parts, config, _info(meta), workdir)
+        with _perhaps_newer(workdir / "config.json"):
+            if missing := sorted(TOP_LEVEL - set(config)):
+                raise ValueError(f"config lacks {', '.join(missing)}.")
+            parts, init = make_parts(config, _info(meta))
         mesh = make_mesh(devices=jax.local_devices()[:1])  # each process reads all
         state, _ = checkpoints.restore(step, abstract_state(init, mesh))
     model = parts.model(state)
@@ -47,16 +49,15 @@ def read_run(workdir: epath.Path, *, step: int | None = None) -> tuple:
     return dataclasses.replace(spec, **_resize(config.evals)), params, report
 
 
-def _made(make_parts: Callable, config: ConfigDict, info: DatasetInfo, workdir: epath.Path):
-    """The parts of a run; a config that this version does not know may be a newer one's."""
+@contextlib.contextmanager
+def _perhaps_newer(path: epath.Path) -> Iterator[None]:
+    """What this version does not know of a run's config may be a newer one's: that is said."""
     try:
-        if missing := sorted(TOP_LEVEL - set(config)):
-            raise ValueError(f"config lacks {', '.join(missing)}.")
-        return make_parts(config, info)
+        yield
     except ValueError as error:
         raise ValueError(
-            f"{workdir / 'config.json'}: {str(error).rstrip('.')}; if the run is of a newer "
-            "vit_jax, upgrade: pip install -U vit-jax."
+            f"{path}: {str(error).rstrip('.')}; if the run is of a newer vit_jax, upgrade: "
+            "pip install -U vit-jax."
         ) from error
 
 
