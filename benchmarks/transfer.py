@@ -10,7 +10,8 @@ for its classes by name.
 There is one pretraining. An arm's learning rate is the best of three on the last fifth of the
 training split, trained on the rest, with the first seed. Then each seed trains on the whole split;
 printed are the mean and the standard deviation of accuracies on the test split. The last line is
-JSON. A finished run in --out is not run again, an interrupted one goes on.
+JSON. The deviations are of the transfer's seeds alone: another pretraining may move every arm.
+A finished run in --out is not run again, an interrupted one goes on.
 """
 
 import argparse
@@ -22,7 +23,11 @@ import sys
 import zipfile
 from typing import NamedTuple
 
+from etils import epath
+
 from vit_jax import cli
+from vit_jax.commands.config_flag import parse_with_config
+from vit_jax.config import differences, load_run_config
 from vit_jax.data.prepare import prepare_digits, prepare_folder
 from vit_jax.data.sources import load_source
 
@@ -105,17 +110,29 @@ def prepare(make, folder):
 
 def train(workdir, config, *flags):
     """Trains unless that was done; the last evaluation's top-1, and the seconds after the start."""
+    flags = *flags, "--config.eval_every=0"
+    check_same(workdir, config, flags)
     found = finished(workdir)
     if found is None:
         workdir.mkdir(parents=True, exist_ok=True)
         argv = ["train", f"--config={CONFIGS}/{config}", f"--workdir={workdir}", *flags]
         with (workdir / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
-            code = cli.main([*argv, "--config.eval_every=0"])
+            code = cli.main(argv)
         if code:
             sys.exit(f"vit-jax {' '.join(argv)} ended with {code}")
         found = finished(workdir)
         print(f"{workdir.name}: {found[0]:.2%}", file=sys.stderr, flush=True)
     return found
+
+
+def check_same(workdir, config, flags):
+    """Ends the program where the folder holds a run of another config than is wanted now."""
+    if not (workdir / "config.json").exists():
+        return
+    argv = [f"--config={CONFIGS}/{config}", *flags]
+    _, wanted = parse_with_config(argv, lambda values: None, usage="")
+    if found := differences(load_run_config(epath.Path(workdir)), wanted):
+        sys.exit(f"{workdir} holds another run ({found[0]}); give another --out.")
 
 
 def finished(workdir):

@@ -8,12 +8,13 @@ import sys
 
 import pytest
 
-ARCHIVE = pathlib.Path(__file__).parents[2] / "shared" / "data" / "cifar10_jpg.zip"
+from tests.archives import CIFAR10, NO_CIFAR10
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not ARCHIVE.exists(), reason="CIFAR-10 as a folder of JPEGs is not here"),
+    pytest.mark.skipif(not CIFAR10.exists(), reason=NO_CIFAR10),
 ]
 
 
@@ -32,7 +33,7 @@ def test_it_learns_and_does_not_where_labels_are_shuffled(
     tmp_path, monkeypatch, name, flags, low, high
 ):
     where = {"cwd": tmp_path, "monkeypatch": monkeypatch}
-    shutil.unpack_archive(ARCHIVE, tmp_path / "images")
+    shutil.unpack_archive(CIFAR10, tmp_path / "images")
     vit_jax("prepare", "folder", "images", f"--name={name}", *flags, **where)
     shutil.rmtree(tmp_path / "images")
     recipe = f"--config={ROOT}/configs/cifar10.py:small,name={name}"

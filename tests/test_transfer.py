@@ -1,20 +1,18 @@
 """Transfer: the recipe in each of its modes, and what pretraining is worth."""
 
-import pathlib
-
 import numpy as np
 import pytest
+from etils import epath
 
-from benchmarks.transfer import cifar10_files
+from benchmarks.transfer import check_same, cifar10_files
+from tests.archives import CIFAR10, NO_CIFAR10
 from tests.runs import deterministic_rows, run, saved_state, short
 from vit_jax.commands.config_flag import load_config
-from vit_jax.config import differences
+from vit_jax.config import differences, save_json
 from vit_jax.data.prepare import prepare_folder
 from vit_jax.interop.load import read_source
 
 pytestmark = pytest.mark.slow
-
-ARCHIVE = pathlib.Path(__file__).parents[2] / "shared" / "data" / "cifar10_jpg.zip"
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +78,11 @@ def test_from_scratch_the_same_model_trains_as_it_is_drawn(trained, data_dir, tm
     assert difference > 0.01  # a few steps move it by less
 
 
-@pytest.mark.skipif(not ARCHIVE.exists(), reason="CIFAR-10 as a folder of JPEGs is not here")
+@pytest.mark.skipif(not CIFAR10.exists(), reason=NO_CIFAR10)
 def test_each_mode_beats_training_from_scratch(tmp_path):
     """From five classes of CIFAR-10 to the five others: each seed's run beats all from scratch."""
     data_dir = str(tmp_path / "data")
-    for name in cifar10_files(ARCHIVE, tmp_path, every=3):
+    for name in cifar10_files(CIFAR10, tmp_path, every=3):
         prepare_folder(tmp_path / name, name=name, data_dir=data_dir, progress=False)
 
     def accuracy(name, recipe, seed):
@@ -106,3 +104,11 @@ def test_each_mode_beats_training_from_scratch(tmp_path):
         found = scores(mode, mode, rate)
         print(mode, found, "from scratch", scratch)
         assert min(found) > max(scratch)
+
+
+def test_a_benchmark_does_not_take_another_run_for_its_own(tmp_path):
+    config = load_config("digits:steps=7")
+    save_json(epath.Path(tmp_path) / "config.json", config)
+    check_same(tmp_path, "digits.py:steps=7", [])
+    with pytest.raises(SystemExit, match="holds another run"):
+        check_same(tmp_path, "digits.py:steps=7", ["--config.seed=5"])

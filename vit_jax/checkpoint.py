@@ -129,6 +129,8 @@ class Checkpoints:
         arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
         with self._reading(step):
             meta = self._manager.restore(step, args=arguments).meta
+            if type(meta) is not dict or type(meta.get("format", FORMAT)) is not int:
+                raise OSError("its meta data is damaged")
             if meta.get("format", FORMAT) > FORMAT:
                 raise MismatchError(
                     f"checkpoint {self.folder / str(step)} was written by a newer vit_jax (format "

@@ -178,11 +178,18 @@ def load_run_config(workdir: epath.Path) -> ConfigDict:
 
     Raises:
       FileNotFoundError: no run was ever started there.
+      ValueError: its config.json is damaged.
     """
     path = workdir / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint in {workdir}: it has no config.json of a run.")
-    return ConfigDict(json.loads(path.read_text()))
+    try:
+        values = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is damaged: it holds no object.")
+    return ConfigDict(values)
 
 
 def recipe_path(name: str, folders: Iterable[epath.Path]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from tests.archives import CIFAR10
 from tests.data.images import bad_files, class_tree, encode, noise, write_tree
 from tests.data.tfrecords import frame
 from vit_jax.data import prepare, sources, tally
@@ -23,8 +24,6 @@ from vit_jax.data.prepare import (
     prepare_folder,
     prepare_tfds,
 )
-
-CIFAR = pathlib.Path(__file__).parents[3] / "shared" / "data" / "cifar10_jpg.zip"
 
 
 def folder(root, data_dir=None, **options):
@@ -586,13 +585,13 @@ def test_without_tensorflow_the_extra_is_named(tmp_path, monkeypatch):
         prepare_tfds("mnist", data_dir=str(tmp_path))
 
 
-# CIFAR-10 as a folder of JPEGs
+# CIFAR10-10 as a folder of JPEGs
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CIFAR.exists(), reason="CIFAR-10 as a folder of JPEGs is not here")
+@pytest.mark.skipif(not CIFAR10.exists(), reason="CIFAR10-10 as a folder of JPEGs is not here")
 def test_cifar10(tmp_path):
-    shutil.unpack_archive(CIFAR, tmp_path / "cifar10")
+    shutil.unpack_archive(CIFAR10, tmp_path / "cifar10")
     made = folder(tmp_path / "cifar10", name="cifar10")
     assert made.class_counts == {"train": [5000] * 10, "test": [1000] * 10}
     assert made.rejected == [] and made.num_measured == 50_000

@@ -10,7 +10,7 @@ from etils import epath
 import vit_jax
 from tests.interop.models import source, spec
 from vit_jax.interop import files
-from vit_jax.interop.export import write_own
+from vit_jax.interop.export import export, write_own
 from vit_jax.interop.load import read_source
 
 
@@ -42,9 +42,13 @@ def test_pickles_are_refused_with_the_way_out(tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(pickle.dumps(Trap()))
     text = reason(path)
-    assert "torch.load('weights" in text and "weights_only=True" in text
-    assert "save_file(state.get('model', state), 'weights.safetensors')" in text
-    assert "torch.load('weights" in reason(tmp_path)
+    lines = text.partition("where torch is: ")[2]
+    compile(lines, "pasted", "exec")
+    assert lines.startswith(f"import torch; state = torch.load({str(path)!r}, ")
+    assert "weights_only=True" in lines and "; import safetensors.torch; " in lines
+    target = str(tmp_path / "weights.safetensors")
+    assert lines.endswith(f"save_file(state.get('model', state), {target!r})")
+    assert "torch.load(" in reason(tmp_path)
 
 
 def test_pickled_members(tmp_path):
@@ -180,16 +184,32 @@ def test_a_new_file_or_folder_is_whole_or_not_there(tmp_path):
             raise RuntimeError
         assert not list(tmp_path.iterdir())
     with files.new_folder(tmp_path / "x", overwrite=False) as path:
-        (path / "old").write_text("old")
+        (path / files.IMPORTED).write_text("{}")
     with pytest.raises(FileExistsError, match="add --overwrite"):
         files.new_folder(tmp_path / "x", overwrite=False).__enter__()
     with files.new_folder(tmp_path / "x", overwrite=True) as path:
-        (path / "new").write_text("new")
-    assert [p.name for p in (tmp_path / "x").iterdir()] == ["new"]
+        (path / files.CERTIFICATE).write_text("new")
+    assert [p.name for p in (tmp_path / "x").iterdir()] == [files.CERTIFICATE]
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     with pytest.raises(RuntimeError), files.new_folder(tmp_path / "x", overwrite=True):
         raise RuntimeError
-    assert (tmp_path / "x" / "new").read_text() == "new"
+    assert (tmp_path / "x" / files.CERTIFICATE).read_text() == "new"
+
+
+def test_only_our_own_is_replaced(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="no export or import of ours"):
+        files.new_folder(tmp_path / "thesis", overwrite=True).__enter__()
+    with pytest.raises(FileExistsError, match="is a folder"):
+        files.new_file(tmp_path / "thesis", overwrite=True).__enter__()
+    with pytest.raises(FileExistsError, match="is a file"):
+        files.new_folder(tmp_path / "thesis" / "chapter1.txt", overwrite=True).__enter__()
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="is no .npz"):
+        export(source(spec()), format="npz", out=tmp_path / "notes.txt", overwrite=True)
+    left = [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))]
+    assert left == ["notes.txt", "thesis", "thesis/chapter1.txt"]
 
 
 def test_half_precision_becomes_float32(tmp_path):

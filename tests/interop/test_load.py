@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.interop.models import assert_close, images, source, spec
 from tests.runs import run, short
 from vit_jax.interop import npz
 from vit_jax.interop.export import export
+from vit_jax.interop.facts import Told
 from vit_jax.interop.layouts import BIG_VISION, GOOGLE, HF_DINOV2, HF_SIGLIP, HF_VIT, LAYOUTS, TIMM
 from vit_jax.interop.load import adapt, read_source
 from vit_jax.interop.spec import fill, make_model
@@ -42,6 +44,18 @@ def test_a_run_answers_what_its_trainer_answers(trained, tmp_path):
     np.testing.assert_allclose(exported(pixels), wanted, atol=1e-6)
     with pytest.raises(FileNotFoundError, match="no checkpoint 99 .*there are"):
         vit_jax.load(workdir, step=99)
+
+
+def test_a_run_of_a_newer_version(trained, tmp_path):
+    shutil.copytree(trained[1], tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"model": config["model"] | {"newer": 1}}))
+    with pytest.raises(ValueError, match="unknown key 'newer'; if the run is of a newer vit_jax"):
+        vit_jax.load(tmp_path / "run")
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        vit_jax.load(tmp_path / "run")
 
 
 def test_uint8_is_preprocessed_and_float_is_not():
@@ -290,7 +304,7 @@ def test_resize_and_crop_travel(format, crop_fraction, interpolation, tmp_path):
 def test_preprocessors_of_transformers(preprocessor, wanted):
     from vit_jax.interop import huggingface
 
-    *found, notes = huggingface._resize(preprocessor)
+    *found, notes = huggingface._resize(Told(preprocessor))
     assert tuple(found) == wanted[:2] and len(notes) == len(wanted[2])
     for note, words in zip(notes, wanted[2], strict=True):
         assert words in note
@@ -316,14 +330,14 @@ def test_normalisations_of_transformers():
     from vit_jax.interop.huggingface import _normalisation
 
     told = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
-    assert _normalisation(told | {"rescale_factor": 0.00392156862745098}) == (
+    assert _normalisation(Told(told | {"rescale_factor": 0.00392156862745098})) == (
         (0.5,) * 3,
         (0.25,) * 3,
     )
-    assert _normalisation(told | {"do_normalize": False}) == ((0.0,) * 3, (1.0,) * 3)
-    mean, std = _normalisation(told | {"rescale_factor": 1 / 127.5})  # white is 2
+    assert _normalisation(Told(told | {"do_normalize": False})) == ((0.0,) * 3, (1.0,) * 3)
+    mean, std = _normalisation(Told(told | {"rescale_factor": 1 / 127.5}))  # white is 2
     np.testing.assert_allclose(mean + std, (0.25,) * 3 + (0.125,) * 3)
-    mean, std = _normalisation(told | {"do_rescale": False})
+    mean, std = _normalisation(Told(told | {"do_rescale": False}))
     np.testing.assert_allclose(std, (0.25 / 255,) * 3)
 
 

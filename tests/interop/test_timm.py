@@ -15,6 +15,8 @@ from vit_jax.interop.spec import fill, make_model
 
 def folder(tmp_path, variant, **config):
     """What others would have written: our arrays in timm's names, and this config.json."""
+    if "architecture" in config:  # whose own depth is another
+        config["model_args"] = {"depth": 2} | config.get("model_args", {})
     made = source(spec(**VARIANTS[variant]))
     arrays, _ = timm.export(made.params, made.spec)
     files.write_safetensors(epath.Path(tmp_path) / files.SINGLE, arrays, {})

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from tests.models import reference
+from vit_jax.models.heads import make_head, make_pool
 from vit_jax.models.layers import (
     Attention,
     Block,
@@ -21,6 +22,9 @@ from vit_jax.models.layers import (
     take,
     xavier_qkv,
 )
+from vit_jax.models.model import Model
+from vit_jax.models.vit import make_vit
+from vit_jax.preprocess import Preprocess
 from vit_jax.tree import named_leaves
 
 
@@ -192,3 +196,18 @@ def test_a_block_with_the_kernel_has_the_gradients_of_one_without():
 
     for one, other in zip(gradients("interpret"), gradients("xla"), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("cls_token, pool", [(True, "cls"), (False, "gap"), (False, "map")])
+def test_a_model_takes_batches_of_any_size(cls_token, pool):
+    """A graph is exported for a batch whose size is a symbol: no shape may need its number."""
+    rngs = nnx.Rngs(0)
+    shape = {"variant": "Ti/4", "image_size": 8, "dim": 24, "depth": 1, "cls_token": cls_token}
+    backbone = make_vit(**shape, rngs=rngs)
+    head = make_head(pool, 24, 5, rngs=rngs)
+    model = Model(backbone, make_pool(pool, backbone, rngs=rngs), head, Preprocess())
+    graphdef, state = nnx.split(model)
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, 8, 8, 3), np.uint8)
+    logits = jax.eval_shape(lambda state, x: nnx.merge(graphdef, state)(x), state, images)
+    assert logits.shape == (batch, 5) and logits.dtype == np.float32

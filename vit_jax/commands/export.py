@@ -32,7 +32,8 @@ def main(argv: list[str]) -> int:
     from vit_jax.interop.export import export
 
     source = weights.read(values)
-    found = export(source, format=values.format, out=values.out, overwrite=values.overwrite)
+    with weights.cleaning_up():
+        found = export(source, format=values.format, out=values.out, overwrite=values.overwrite)
     print("\n".join(source.report.lines()))
     for name, digest in found["sha256"].items():
         print(f"{name}  sha256 {digest}")

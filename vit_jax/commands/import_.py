@@ -3,6 +3,7 @@
 from absl import flags
 from etils import epath
 
+from vit_jax.commands import weights
 from vit_jax.commands.flags import parse, parse_size
 
 USAGE = """vit-jax import: reads weights from elsewhere and writes them in our own names.
@@ -41,20 +42,24 @@ def main(argv: list[str]) -> int:
     from vit_jax.interop.load import adapt, read_source
     from vit_jax.interop.spec import fill, make_model
 
-    with files.new_folder(values.out, overwrite=values.overwrite) as folder:
-        source = read_source(values.source, num_heads=values.num_heads, image_size=image_size)
-        source = adapt(
-            source,
-            image_size=image_size,
-            patch_size=patch_size,
-            num_classes=values.num_classes,
-            mean=mean,
-            std=std,
-        )
-        fill(make_model(source.spec), source.params)  # whatever is wrong is said now
+    files.check_folder(values.out, overwrite=values.overwrite)  # before much is read
+    source = read_source(values.source, num_heads=values.num_heads, image_size=image_size)
+    source = adapt(
+        source,
+        image_size=image_size,
+        patch_size=patch_size,
+        num_classes=values.num_classes,
+        mean=mean,
+        std=std,
+    )
+    fill(make_model(source.spec), source.params)  # whatever is wrong is said now
+    with (
+        weights.cleaning_up(),
+        files.new_folder(values.out, overwrite=values.overwrite) as folder,
+    ):
         write_own(source, folder / files.SINGLE)
         report = {"source": values.source, "sha256": files.sha256(folder / files.SINGLE)}
-        files.write_json(folder / "import.json", report | vars(source.report))
+        files.write_json(folder / files.IMPORTED, report | vars(source.report))
     print("\n".join(source.report.lines()))
     count = sum(x.size for x in source.params.values())
     print(f"{count:,} parameters in {epath.Path(values.out) / files.SINGLE}")

@@ -1,7 +1,11 @@
 """What `predict`, `embed` and `export` share: the flags for weights, and reading them."""
 
+import contextlib
 import dataclasses
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import tqdm
@@ -58,6 +62,23 @@ def check(values: flags.FlagValues) -> None:
     check_source(values)
     if values.batch_size < 1:
         raise ValueError(f"--batch_size={values.batch_size} must be at least 1.")
+
+
+@contextlib.contextmanager
+def cleaning_up() -> Iterator[None]:
+    """SIGTERM ends the block as an exception, so that nothing half-written stays behind."""
+
+    def stop(number, frame):
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def read(values: flags.FlagValues):

@@ -12,12 +12,12 @@ from etils import epath
 import vit_jax
 from vit_jax.interop import certificate, files, huggingface, npz, onnx, stablehlo, timm
 from vit_jax.interop.certificate import Answer
+from vit_jax.interop.files import CERTIFICATE
 from vit_jax.interop.load import OWN, Source, load
 from vit_jax.interop.spec import Spec, fill, make_model
 from vit_jax.models.model import Model
 from vit_jax.spelling import nearest
 
-CERTIFICATE = "certificate.json"
 MAX_GRAPH = 2**31 - 2**26  # bytes: flatbuffers and protobuf count to 2^31; the graph takes some
 
 
@@ -43,6 +43,9 @@ def export(
             f"choose one of {', '.join(FORMATS)}."
         )
     writer, is_folder = FORMATS[format]
+    out = epath.Path(out)
+    if not is_folder and out.exists() and out.suffix != f".{format}":
+        raise FileExistsError(f"{out} is no .{format} and is not replaced; choose another --out.")
     # A graph that is written whole runs anywhere, so it has no accelerator's own kernel in it.
     model = fill(make_model(source.spec, attention="xla"), source.params)
     images = certificate.fixed_images(source.spec.backbone["image_size"])
@@ -60,7 +63,6 @@ def export(
         if is_folder:
             files.write_json(path / CERTIFICATE, found)
         else:
-            out = epath.Path(out)
             found["sha256"] = {out.name: found["sha256"][path.name]}
             files.write_json(beside, found)
     return found

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import shutil
 import uuid
 import zipfile
@@ -20,8 +21,10 @@ Arrays = dict[str, np.ndarray]
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle")
 GRAPHS = (".stablehlo", ".onnx")  # to run, not to read
+CERTIFICATE, IMPORTED = "certificate.json", "import.json"  # what export and import leave
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PART = re.compile(r".*-\d{5}-of-(\d{5})\.safetensors")
 DTYPES = {  # the library's own reader knows no bfloat16
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
     **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8},
@@ -58,18 +61,12 @@ def read_folder(folder: epath.Path) -> Arrays:
       FileNotFoundError: no weights there.
       ValueError: only pickled ones, or damaged ones.
     """
-    if (folder / SINGLE).exists():
-        return read_arrays(folder / SINGLE)
+    if only := only_file(folder):
+        check_whole(only)
+        return read_arrays(only)
     if (folder / INDEX).exists():
-        arrays = {}
-        for name in sorted(set(read_json(folder / INDEX).get("weight_map", {}).values())):
-            if epath.Path(name).name != name:
-                raise ValueError(f"{folder / INDEX} points outside of its folder: {name!r}.")
-            arrays |= read_arrays(folder / name)
-        return arrays
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".npz"))
-    if len(files) == 1:
-        return read_arrays(files[0])
+        return _read_parts(folder)
+    files = _weights(folder)
     pickled = [p for p in folder.iterdir() if p.suffix in PICKLED]
     if pickled and not files:
         raise ValueError(refusal(sorted(pickled)[0]))
@@ -78,13 +75,55 @@ def read_folder(folder: epath.Path) -> Arrays:
     )
 
 
+def only_file(folder: epath.Path) -> epath.Path | None:
+    """The one file that holds a folder's weights; None if it is none, or several."""
+    if (folder / SINGLE).exists():
+        return folder / SINGLE
+    files = _weights(folder)
+    return files[0] if len(files) == 1 and not (folder / INDEX).exists() else None
+
+
+def check_whole(path: epath.Path) -> None:
+    """Raises ValueError for one part of several: the others' arrays would only seem not to be."""
+    part = PART.fullmatch(path.name)
+    if part and int(part[1]) > 1:
+        raise ValueError(
+            f"{path} is one part of {int(part[1])}: fetch the others and their index, "
+            f"{INDEX}, and give the folder."
+        )
+
+
+def _weights(folder: epath.Path) -> list[epath.Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".npz"))
+
+
+def _read_parts(folder: epath.Path) -> Arrays:
+    """All files that the index names, with all arrays that it says are in them."""
+    index = folder / INDEX
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+        raise ValueError(_damaged(index, "weight_map is no object of file names"))
+    arrays = {}
+    for name in sorted(set(places.values())):
+        if epath.Path(name).name != name:
+            raise ValueError(f"{index} points outside of its folder: {name!r}.")
+        arrays |= read_arrays(folder / name)
+    if absent := sorted(places.keys() - arrays.keys()):
+        raise ValueError(
+            f"{folder} lacks {absent[0]}, which {INDEX} says is in {places[absent[0]]}; "
+            "fetch the files again."
+        )
+    return arrays
+
+
 def refusal(path: epath.Path) -> str:
-    """Why a pickle is not read, and the two lines that convert it."""
-    target = path.with_suffix(".safetensors").name
+    """Why a pickle is not read, and the two lines that convert it, to be pasted into Python."""
+    target = path.with_suffix(".safetensors")
     return (
         f"{path} is a pickle, which can run code when it is read; convert it where torch is: "
-        f"state = torch.load({path.name!r}, map_location='cpu', weights_only=True); "
-        f"safetensors.torch.save_file(state.get('model', state), {target!r})"
+        f"import torch; state = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
+        "import safetensors.torch; "
+        f"safetensors.torch.save_file(state.get('model', state), {str(target)!r})"
     )
 
 
@@ -109,9 +148,12 @@ def safetensors_metadata(path: epath.Path) -> dict[str, str]:
         size = int.from_bytes(file.read(8), "little")
         header = file.read(min(size, MAX_HEADER))
     try:
-        return json.loads(header).get("__metadata__", {})
+        metadata = json.loads(header).get("__metadata__", {})
     except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
         raise ValueError(_damaged(path, "its header is no JSON")) from error
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise ValueError(_damaged(path, "its metadata are no texts"))
+    return metadata
 
 
 def _read_safetensors(path: epath.Path) -> Arrays:
@@ -154,6 +196,8 @@ def new_file(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.Path]:
     Raises:
       FileExistsError: `path` exists and may not be overwritten.
     """
+    if epath.Path(path).is_dir():
+        raise FileExistsError(f"{path} is a folder, not a file; choose another --out.")
     path, beside = _beside(path, overwrite)
     try:
         yield beside
@@ -164,7 +208,12 @@ def new_file(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def new_folder(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.Path]:
-    """A folder beside `path` to fill; it takes the name when the block ends well."""
+    """A folder beside `path` to fill; it takes the name when the block ends well.
+
+    Raises:
+      FileExistsError: `path` exists, and may not be overwritten or is no folder of ours.
+    """
+    check_folder(path, overwrite=overwrite)
     path, beside = _beside(path, overwrite)
     beside.mkdir()
     old = beside.with_name(f"{beside.name}.old")
@@ -184,10 +233,29 @@ def new_folder(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.Path]
                 _remove(left)
 
 
-def _beside(path: epath.PathLike, overwrite: bool) -> tuple[epath.Path, epath.Path]:
+def check_folder(path: epath.PathLike, *, overwrite: bool) -> None:
+    """Raises FileExistsError where `new_folder` may not write: it replaces exports and imports."""
     path = epath.Path(path)
+    _check_free(path, overwrite)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a folder; choose another --out.")
+    found = {child.name for child in path.iterdir()}
+    if found and not found & {CERTIFICATE, IMPORTED}:
+        raise FileExistsError(
+            f"{path} holds no export or import of ours and is not replaced; choose another --out."
+        )
+
+
+def _check_free(path: epath.Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another --out or add --overwrite.")
+
+
+def _beside(path: epath.PathLike, overwrite: bool) -> tuple[epath.Path, epath.Path]:
+    path = epath.Path(path)
+    _check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path, path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
 

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from vit_jax.interop.certificate import Answer, version
-from vit_jax.interop.facts import Facts, pair
+from vit_jax.interop.facts import Facts, Told, pair
 from vit_jax.interop.layouts import HEAD, HEAD_DIST, HF_DINOV2, HF_DINOV3, HF_SIGLIP, HF_VIT
 from vit_jax.interop.pools import AllTokens
 from vit_jax.interop.spec import Spec, make_model, params_of_shapes
@@ -22,7 +22,8 @@ from vit_jax.preprocess import HALF
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 
-# What a config.json leaves out has these values: heads, epsilon, activation.
+DEPTH = 12  # where a config.json leaves it out
+# What else it leaves out has these values: heads, epsilon, activation.
 DEFAULTS = {
     HF_VIT.name: (12, 1e-12, "gelu"),
     HF_DINOV2.name: (12, 1e-6, "gelu"),
@@ -61,35 +62,47 @@ def facts(
     """Of a folder's config.json and preprocessor_config.json ({} where missing).
 
     Raises:
-      ValueError: an activation or a kind of model that is not supported.
+      ValueError: an activation or a kind of model that is not supported, a damaged file.
     """
-    _check_type(layout, config)
-    vision = config.get("vision_config") or config
+    told = Told(config)
+    _check_type(layout, told)
+    vision = told.part("vision_config") if told.values.get("vision_config") else told
     heads, eps, activation = DEFAULTS[layout.name]
-    activation = vision.get("hidden_act", activation)
-    if vision.get("use_gated_mlp") and activation == "silu":
+    if "hidden_act" in vision.values:
+        activation = vision.get("hidden_act", "a text")
+    gated = vision.get("use_gated_mlp", "true or false", False)
+    if gated and activation == "silu":
         activation = "gelu"  # SwiGLU has its own; this one is in no use
-    elif activation not in ACTIVATIONS or vision.get("use_gated_mlp"):
+    elif activation not in ACTIVATIONS or gated:
         raise ValueError(
             f"config.json has hidden_act={activation!r}; only {', '.join(ACTIVATIONS)} are known."
         )
     known = {
-        "num_heads": vision.get("num_attention_heads", heads if config else None),
-        "norm_eps": vision.get("layer_norm_eps", eps),
+        "num_heads": vision.get(
+            "num_attention_heads", "a whole number from 1", heads if config else None
+        ),
+        "norm_eps": vision.get("layer_norm_eps", "a positive number", eps),
         "activation": ACTIVATIONS[activation],
-        "image_size": pair(vision.get("image_size")),
+        "image_size": pair(vision.get("image_size", "a size in pixels")),
+        "final_norm": True,
     }
+    if config:
+        known["depth"] = vision.get("num_hidden_layers", "a whole number from 1", DEPTH)
+        known["qkv_bias"] = _qkv_bias(layout, vision)
     if layout is HF_DINOV3:
         known["pos_embed"] = "rope2d"
-        if vision.get("rope_theta", ROPE_BASE) != ROPE_BASE:
-            raise ValueError(f"config.json has rope_theta={vision['rope_theta']}, not {ROPE_BASE}.")
+        if (theta := vision.get("rope_theta", "a number", ROPE_BASE)) != ROPE_BASE:
+            raise ValueError(f"config.json has rope_theta={theta}, not {ROPE_BASE}.")
     pool, dropped = _pool(layout, params)
+    if pool == "cls_tanh" and (act := vision.get("pooler_act", "a text", "tanh")) != "tanh":
+        raise ValueError(f"config.json has pooler_act={act!r}; only 'tanh' is known.")
     notes = [] if config else [f"activation {activation!r}, eps {eps}: no config.json tells them"]
-    if "image_mean" not in preprocessor and preprocessor.get("do_normalize", True):
+    notes += _headless(told, params)
+    resize = Told(preprocessor, "preprocessor_config.json")
+    if "image_mean" not in preprocessor and resize.get("do_normalize", "true or false", True):
         notes.append("normalisation by 0.5: no preprocessor_config.json tells it")
-    preprocessor = {key: value for key, value in preprocessor.items() if value is not None}
-    mean, std = _normalisation(preprocessor)
-    crop_fraction, interpolation, more = _resize(preprocessor)
+    mean, std = _normalisation(resize)
+    crop_fraction, interpolation, more = _resize(resize)
     notes += more
     return Facts(
         pool=pool,
@@ -98,16 +111,32 @@ def facts(
         std=std,
         crop_fraction=crop_fraction,
         interpolation=interpolation,
-        class_names=_class_names(config, params),
+        class_names=_class_names(told, params),
         dropped=dropped,
         notes=notes,
     )
 
 
-def _check_type(layout: Layout, config: Mapping[str, Any]) -> None:
+def _qkv_bias(layout: Layout, vision: Told) -> bool:
+    """Whether the class has these biases: SigLIP's always does, DINOv3's has a word for each."""
+    if layout is HF_SIGLIP:
+        return True
+    words = ("query_bias", "value_bias") if layout is HF_DINOV3 else ("qkv_bias",)
+    return any(vision.get(word, "true or false", True) for word in words)
+
+
+def _headless(config: Told, params: Params) -> list[str]:
+    """A note of a head that the config promises and that is not there."""
+    promised = [x for x in config.get("architectures", "texts", ()) if "ForImageClass" in x]
+    if not promised or f"{HEAD}/kernel" in params:
+        return []
+    return [f"no head: config.json says {promised[0]}, and there is no classifier in the weights"]
+
+
+def _check_type(layout: Layout, config: Told) -> None:
     """Other classes have the same names for other functions."""
-    for part in (config, config.get("vision_config") or {}):
-        kind = part.get("model_type")
+    for part in (config, config.part("vision_config")):
+        kind = part.get("model_type", "a text")
         if kind is not None and kind not in MODEL_TYPES[layout.name]:
             raise ValueError(
                 f"config.json has model_type={kind!r}; of {layout.name}'s names those of "
@@ -115,39 +144,42 @@ def _check_type(layout: Layout, config: Mapping[str, Any]) -> None:
             )
 
 
-def _normalisation(preprocessor: Mapping[str, Any]) -> tuple[tuple, tuple]:
+def _normalisation(preprocessor: Told) -> tuple[tuple, tuple]:
     """Mean and deviation where white is 1: theirs are of pixels after `rescale_factor`."""
-    mean, std = (tuple(preprocessor.get(f"image_{key}", HALF)) for key in ("mean", "std"))
-    if not preprocessor.get("do_normalize", True):
+    mean = tuple(preprocessor.get("image_mean", "three numbers", HALF))
+    std = tuple(preprocessor.get("image_std", "three positive numbers", HALF))
+    if not preprocessor.get("do_normalize", "true or false", True):
         mean, std = (0.0,) * 3, (1.0,) * 3
     white = 255.0
-    if preprocessor.get("do_rescale", True):
-        white *= preprocessor.get("rescale_factor", 1 / 255)
+    if preprocessor.get("do_rescale", "true or false", True):
+        white *= preprocessor.get("rescale_factor", "a positive number", 1 / 255)
     if abs(white - 1) < 1e-6:
         return mean, std
     return tuple(x / white for x in mean), tuple(x / white for x in std)
 
 
-def _resize(preprocessor: Mapping[str, Any]) -> tuple[float | None, str, list[str]]:
+def _resize(preprocessor: Told) -> tuple[float | None, str, list[str]]:
     """`Spec`'s crop_fraction and interpolation, and what they leave out."""
-    if not preprocessor:
+    if not preprocessor.values:
         return 0.875, "bilinear", []
     notes = []
-    filtered = preprocessor.get("resample", 2)
+    filtered = preprocessor.get("resample", "a whole number from 0", 2)
     if filtered not in RESAMPLE:
         notes.append(f"bilinear resize: resample={filtered} of the preprocessor is not supported")
-    if not preprocessor.get("do_resize", True):
+    if not preprocessor.get("do_resize", "true or false", True):
         notes.append("images are resized: the preprocessor takes them as they are")
-    size, crop = preprocessor.get("size", 224), preprocessor.get("crop_size", 224)
+    sizes = "a size or an object of sizes"
+    size, crop = (preprocessor.get(key, sizes, 224) for key in ("size", "crop_size"))
+    cropped = preprocessor.get("do_center_crop", "true or false", False)
     crop = max(crop.values()) if isinstance(crop, Mapping) else crop
     stretched = not isinstance(size, Mapping) or "shortest_edge" not in size
     sides = list(size.values()) if isinstance(size, Mapping) else [size]
-    if stretched and not preprocessor.get("do_center_crop", False):
+    if stretched and not cropped:
         return None, RESAMPLE.get(filtered, "bilinear"), notes
     if stretched:
         notes.append("the resize keeps the image's shape: the preprocessor stretches, then crops")
-    edge = sides[0] if not stretched else max(sides)
-    fraction = min(crop / edge, 1.0) if preprocessor.get("do_center_crop", False) else 1.0
+    edge = size["shortest_edge"] if not stretched else max(sides)
+    fraction = min(crop / edge, 1.0) if cropped else 1.0
     return fraction, RESAMPLE.get(filtered, "bilinear"), notes
 
 
@@ -175,10 +207,13 @@ def _pool(layout: Layout, params: Params) -> tuple[str, dict[str, str]]:
     return ("cls_tanh" if "pool/dense/kernel" in params else "none"), {}
 
 
-def _class_names(config: Mapping[str, Any], params: Params) -> tuple[str, ...]:
-    if f"{HEAD}/kernel" not in params or "id2label" not in config:
+def _class_names(config: Told, params: Params) -> tuple[str, ...]:
+    names = config.get("id2label", "an object", {})
+    if f"{HEAD}/kernel" not in params or not names:
         return ()
-    labels = {int(index): str(name) for index, name in config["id2label"].items()}
+    if strange := [index for index in names if not str(index).isdecimal()]:
+        raise config.damaged(f"id2label has {strange[0]!r} for a logit's number")
+    labels = {int(index): str(name) for index, name in names.items()}
     count = params[f"{HEAD}/kernel"].shape[1]
     if sorted(labels) != list(range(count)):
         raise ValueError(

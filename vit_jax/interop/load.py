@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from vit_jax.interop import files, huggingface, npz, timm
-from vit_jax.interop.facts import Facts
+from vit_jax.interop.facts import Facts, Told
 from vit_jax.interop.layouts import BIG_VISION, GOOGLE, LAYOUTS, TIMM
 from vit_jax.interop.resample import resize_patch_kernel, resize_positions
 from vit_jax.interop.spec import Spec, fill, infer_backbone, make_model, nearest_pool
@@ -41,7 +41,8 @@ def load(
 
     `model(images)` answers float32 logits; without a head what the original answers: the pooled
     output, else the tokens. Float images are taken as already normalised, uint8 ones are
-    preprocessed as the weights want it. What was left over, missing or assumed is warned of.
+    preprocessed as the weights want it. `model.class_names` are in the order of the logits, empty
+    if nobody knows them. What was left over, missing, reshaped or assumed is warned of.
 
     Args:
       path: a workdir (or one of its checkpoints), a folder or a file.
@@ -58,11 +59,13 @@ def load(
     source = read_source(path, num_heads=num_heads, image_size=image_size, step=step)
     source = adapt(source, image_size=image_size, patch_size=patch_size, num_classes=num_classes)
     report = source.report
-    if report.missing or report.unexpected or report.notes:
+    if report.lines()[1:]:
         warnings.warn(
             "\n".join([f"{path}: {report.lines()[0]}", *report.lines()[1:]]), stacklevel=2
         )
-    return fill(make_model(source.spec), source.params)
+    model = fill(make_model(source.spec), source.params)
+    model.class_names = source.spec.class_names
+    return model
 
 
 def read_source(
@@ -76,17 +79,19 @@ def read_source(
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
+    if num_heads is not None and num_heads < 1:
+        raise ValueError(f"num_heads={num_heads} must be at least 1.")
     run = _run_of(path)
     if run is not None:
         from vit_jax.interop.runs import read_run  # training's libraries, only for its runs
 
         return Source(*read_run(run[0], step=step if run[1] is None else run[1]))
     if path.is_dir():
-        arrays, folder = files.read_folder(path), path
-        single = path / files.SINGLE
+        arrays, folder, single = files.read_folder(path), path, files.only_file(path)
     else:
+        files.check_whole(path)
         arrays, folder, single = files.read_arrays(path), path.parent, path
-    if single.suffix == ".safetensors" and single.exists():
+    if single is not None and single.suffix == ".safetensors":
         metadata = files.safetensors_metadata(single)
         if metadata.get("format") == OWN:
             return _own(arrays, metadata, single)
@@ -147,8 +152,9 @@ def _written_by_us(
     layout: Layout, config: Mapping[str, Any], params: Params, facts: Facts, report: Report
 ) -> Source | None:
     """The model as it was before its export; None if others trained it since."""
-    spec = Spec.from_json(config["vit_jax"], "config.json")
-    known = {key: spec.backbone[key] for key in ("num_heads", "image_size")}
+    spec = Spec.from_json(Told(config).get("vit_jax", "a text", ""), "config.json")
+    told = ("num_heads", "image_size", "depth", "qkv_bias", "final_norm")
+    known = {key: spec.backbone[key] for key in told}
     params, _, _ = infer_backbone(params, known)
     reduced = huggingface.reduce(params, spec, layout)
     if reduced is None:

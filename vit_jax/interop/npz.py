@@ -19,6 +19,8 @@ def unscan(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     out = {}
     for name, array in arrays.items():
         if match := SCANNED.fullmatch(name):
+            if not array.ndim:
+                raise ValueError(f"{name} is a single number, not one array a block.")
             out |= {f"{match[1]}_{i}/{match[2]}": part for i, part in enumerate(array)}
         else:
             out[name] = array
@@ -41,6 +43,7 @@ def facts(params: Params, arrays: Mapping[str, np.ndarray]) -> Facts:
         "activation": "gelu_tanh",
         "norm_eps": 1e-6,
         "pos_embed": None if "backbone/pos_embed" in params else "sincos2d",
+        "final_norm": True,
     }
     return Facts(pool=pool, known=known)
 
@@ -52,18 +55,18 @@ def export(params: Params, spec: Spec) -> Params:
       ValueError: there is no name for a part, or the code there computes something else.
     """
     wanted = {"activation": "gelu_tanh", "norm_eps": 1e-6, "norm": "layernorm", "final_norm": True}
-    wanted |= {"parallel": False, "mlp": "mlp"}
+    wanted |= {"parallel": False, "mlp": "mlp", "qkv_bias": True}
     for key, value in wanted.items():
         if spec.backbone[key] != value:
             raise ValueError(
                 f"google's code has {key}={value!r}, this model {key}={spec.backbone[key]!r}; "
                 "use --format=safetensors."
             )
-    pools = ("map", "cls") if spec.backbone["cls_token"] else ("map", "gap")
+    pools = ("cls",) if spec.backbone["cls_token"] else ("map", "gap")
     if spec.pool not in pools:
         raise ValueError(
-            f"google's models with cls_token={spec.backbone['cls_token']} pool by {pools}, not by "
-            f"{spec.pool!r}; use --format=safetensors."
+            f"google's models with cls_token={spec.backbone['cls_token']} pool by "
+            f"{' or '.join(pools)}, not by {spec.pool!r}; use --format=safetensors."
         )
     layout, heads = _layout(spec), spec.backbone["num_heads"]
     return write(layout, params, num_heads=heads)

@@ -2,14 +2,14 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
 from vit_jax.checkpoint import Checkpoints
-from vit_jax.config import load_run_config
+from vit_jax.config import TOP_LEVEL, load_run_config
 from vit_jax.data.sources import DatasetInfo
 from vit_jax.interop.spec import params_of, spec_of
 from vit_jax.interop.tables import Report
@@ -36,7 +36,10 @@ def read_run(workdir: epath.Path, *, step: int | None = None) -> tuple:
             raise FileNotFoundError(f"no checkpoint {step or ''} in {workdir}; there are: {found}.")
         step = steps[-1] if step is None else step
         meta = checkpoints.meta(step)
-        parts, init = make_parts(config, _info(meta))
+        with _perhaps_newer(workdir / "config.json"):
+            if missing := sorted(TOP_LEVEL - set(config)):
+                raise ValueError(f"config lacks {', '.join(missing)}.")
+            parts, init = make_parts(config, _info(meta))
         mesh = make_mesh(devices=jax.local_devices()[:1])  # each process reads all
         state, _ = checkpoints.restore(step, abstract_state(init, mesh))
     model = parts.model(state)
@@ -44,6 +47,18 @@ def read_run(workdir: epath.Path, *, step: int | None = None) -> tuple:
     report = Report(layout=f"vit_jax checkpoint {step}", matched=len(params))
     spec = spec_of(model, tuple(meta["dataset"]["class_names"]))
     return dataclasses.replace(spec, **_resize(config.evals)), params, report
+
+
+@contextlib.contextmanager
+def _perhaps_newer(path: epath.Path) -> Iterator[None]:
+    """What this version does not know of a run's config may be a newer one's: that is said."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: {str(error).rstrip('.')}; if the run is of a newer vit_jax, upgrade: "
+            "pip install -U vit-jax."
+        ) from error
 
 
 def _resize(evals: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

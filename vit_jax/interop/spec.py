@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ import numpy as np
 from flax import nnx
 
 from vit_jax.checkpoint import unstack
+from vit_jax.data.decode import INTERPOLATIONS
+from vit_jax.interop.facts import Told
 from vit_jax.interop.pools import make_any_pool, pool_name
 from vit_jax.interop.tables import Params, depth_of
 from vit_jax.models.heads import Head, make_head
@@ -24,6 +26,27 @@ from vit_jax.tree import STACKED, named_leaves
 FORMAT_VERSION = 2
 SHAPE = ("dim", "depth", "num_heads", "mlp_dim")  # what a variant's name stands for
 HEAD_DIM = 64  # of every published ViT but a few; what is taken where no file tells the heads
+
+
+# What a spec's backbone says, and what each word is, in `Told`'s kinds.
+BACKBONE = {
+    **dict.fromkeys(("image_size", "patch_size"), "height and width"),
+    **dict.fromkeys(SHAPE, "a whole number from 1"),
+    **dict.fromkeys(("cls_token", "dist_token", "qk_norm"), "true or false"),
+    **dict.fromkeys(("qkv_bias", "parallel", "final_norm"), "true or false"),
+    "num_reg_tokens": "a whole number from 0",
+    **dict.fromkeys(("pos_embed", "mlp", "activation", "norm"), "a text"),
+    "norm_eps": "a positive number",
+    "layer_scale": "a number",
+}
+REST = {
+    "pool": "a text",
+    **dict.fromkeys(("num_classes", "hidden_dim"), "a whole number from 0"),
+    **{"mean": "three numbers", "std": "three positive numbers"},
+    "crop_fraction": "a positive number",
+    "interpolation": "a text",
+    "class_names": "texts",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +93,30 @@ class Spec:
         Raises:
           ValueError: written by a newer vit_jax, or no spec.
         """
+        damaged = f"{source}: its description of the model is damaged"
         try:
             values = json.loads(text)
             version = values.pop("version")
         except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{source}: its description of the model is damaged.") from error
+            raise ValueError(f"{damaged}.") from error
+        if type(version) is not int or version < 1:
+            raise ValueError(f"{damaged} (version={version!r} is no whole number).")
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"{source} was written by a newer vit_jax (format {version}, this one reads up to "
                 f"{FORMAT_VERSION}); upgrade: pip install -U vit-jax."
             )
+        told = Told(values, "description of the model")
         try:
-            return cls(**{key: _tuples(value) for key, value in values.items()})
-        except TypeError as error:
-            raise ValueError(f"{source}: its description of the model is damaged.") from error
+            _check_words(told.part("backbone"), BACKBONE, optional=())
+            _check_words(told, {"backbone": "an object"} | REST, optional=REST)
+            if values["interpolation"] not in INTERPOLATIONS:
+                raise told.damaged(f"interpolation={values['interpolation']!r} is unknown")
+            spec = cls(**{key: _tuples(value) for key, value in values.items()})
+            make_model(spec)  # knows which words there are, and which go together
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
+        return spec
 
 
 def config_of(spec: Spec) -> dict[str, Any]:
@@ -112,6 +145,15 @@ def config_of(spec: Spec) -> dict[str, Any]:
 def nearest_pool(spec: Spec) -> str:
     """What gives one vector an image where the model answers all its tokens."""
     return "cls" if spec.backbone["cls_token"] else "gap"
+
+
+def _check_words(told: Told, kinds: Mapping[str, str], *, optional: Container[str]) -> None:
+    """Every word of these is there and of its kind, and there is no other."""
+    for key, kind in kinds.items():
+        if key not in told.values or (told.get(key, kind) is None and key not in optional):
+            raise told.damaged(f"{key} is missing")
+    if strange := sorted(set(told.values) - set(kinds)):
+        raise told.damaged(f"{strange[0]!r} is unknown")
 
 
 def _tuples(value: Any) -> Any:
@@ -143,6 +185,7 @@ def infer_backbone(
             raise ValueError(
                 f"there is nothing for {name}: no Vision Transformer, or a part of one."
             )
+    _check_axes(params)
     *patch_size, channels, dim = params["backbone/patch_embed/kernel"].shape
     if channels != 3:
         raise ValueError(f"the patch embedding takes {channels} channels; only 3 are supported.")
@@ -156,7 +199,7 @@ def infer_backbone(
         "cls_token": "backbone/cls_token" in params,
         "dist_token": "backbone/dist_token" in params,
         "num_reg_tokens": len(params.get("backbone/reg_tokens", ())),
-        "mlp": "swiglu" if block["mlp/fc1/kernel"].shape[1] == 2 * hidden else "mlp",
+        "mlp": "swiglu" if np.shape(block.get("mlp/fc1/kernel"))[1:] == (2 * hidden,) else "mlp",
         "norm": "layernorm" if "norm1/bias" in block else "rmsnorm",
         "qk_norm": "attn/q_norm/scale" in block,
         "qkv_bias": "attn/qkv/bias" in block,
@@ -164,12 +207,27 @@ def infer_backbone(
         "layer_scale": 1.0 if "ls1/gamma" in block else 0.0,
         "final_norm": "backbone/norm/scale" in params,
     }
+    for key in ("depth", "qkv_bias", "final_norm"):
+        if options[key] != known.get(key, options[key]):
+            raise ValueError(
+                f"the arrays are those of {key}={options[key]}, the model has {key}={known[key]}: "
+                "some are missing, or the files do not belong together; fetch them again, whole."
+            )
     notes = []
     if "num_heads" not in known:
         options["num_heads"], note = _guess_heads(dim)
         notes.append(note)
     params, places, more = _place(params, options, known, bare)
     return params, options | places | known | {"image_size": places["image_size"]}, notes + more
+
+
+def _check_axes(params: Params) -> None:
+    """As many axes as every model of ours has under these names."""
+    for name, array in params.items():
+        two = name.endswith(("/kernel", "_token", "_tokens", "/pos_embed", "/probe"))
+        axes = 4 if name == "backbone/patch_embed/kernel" else 2 if two else 1
+        if array.ndim != axes:
+            raise ValueError(f"{name} has the shape {array.shape}, not {axes} axes.")
 
 
 def _guess_heads(dim: int) -> tuple[int, str]:
@@ -250,12 +308,8 @@ def params_of_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in _leaves(model).items()}
 
 
-def fill(model: Model, params: Mapping[str, np.ndarray]) -> Model:
-    """The module with these numbers.
-
-    Raises:
-      ValueError: parameters are missing, left over, or of another shape; all are named.
-    """
+def misfits(model: Model, params: Mapping[str, np.ndarray]) -> list[str]:
+    """What `fill` refuses: parameters that are missing, left over, or of another shape."""
     leaves = _leaves(model)
     params = _stacked(params, leaves)
     wanted = {name: tuple(x.shape) for name, x in leaves.items()}
@@ -266,13 +320,24 @@ def fill(model: Model, params: Mapping[str, np.ndarray]) -> Model:
         for name in wanted.keys() & params.keys()
         if params[name].shape != wanted[name]
     ]
-    if wrong:
+    return sorted(wrong)
+
+
+def fill(model: Model, params: Mapping[str, np.ndarray]) -> Model:
+    """The module with these numbers.
+
+    Raises:
+      ValueError: parameters are missing, left over, or of another shape; all are named.
+    """
+    if wrong := misfits(model, params):
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         head = all(line.startswith("head/") for line in wrong)
         raise ValueError(
-            f"the weights do not fit the model: {'; '.join(sorted(wrong)[:5])}{more}; "
+            f"the weights do not fit the model: {'; '.join(wrong[:5])}{more}; "
             + ("num_classes=0 leaves the head out." if head else "fetch them again, whole.")
         )
+    leaves = _leaves(model)
+    params = _stacked(params, leaves)
     graphdef, state = nnx.split(model)
     tree = nnx.to_pure_dict(state)
     arrays = [jnp.asarray(params[name], leaf.dtype) for name, leaf in leaves.items()]

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.interop.load import Source
+from vit_jax.interop.spec import make_model, misfits
 from vit_jax.models.vit import VARIANTS
 
 
@@ -14,6 +15,7 @@ def describe(source: Source) -> dict[str, Any]:
     An array that was made of several has the type that holds them all.
     """
     spec, b, types = source.spec, source.spec.backbone, source.report.dtypes
+    wrong = misfits(make_model(spec), source.params)  # what loading it would refuse
     types = {name: np.dtype(types.get(name, x.dtype)) for name, x in source.params.items()}
     size = {name: x.size * types[name].itemsize for name, x in source.params.items()}
     return {
@@ -30,7 +32,7 @@ def describe(source: Source) -> dict[str, Any]:
         },
         "parameters": sum(x.size for x in source.params.values()),
         "bytes": sum(size.values()),
-        "report": source.report.lines()[1:],
+        "report": source.report.lines()[1:] + [f"  misfit: {line}" for line in wrong],
         "arrays": {
             name: {"shape": list(x.shape), "dtype": str(types[name]), "bytes": size[name]}
             for name, x in source.params.items()

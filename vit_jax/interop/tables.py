@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from vit_jax.interop.transforms import TRANSFORMS
@@ -241,6 +242,11 @@ def depth_of(params: Mapping[str, object]) -> int:
 
 
 def _forward(row: Row, ours: list[str], theirs: list[str], arrays: Mapping) -> Params:
+    for name in theirs:
+        if arrays[name].dtype.kind not in "fiub" and arrays[name].dtype != ml_dtypes.bfloat16:
+            raise ValueError(
+                f"{name} is {arrays[name].dtype}, no real numbers; save it as float32."
+            )
     parts = [np.asarray(arrays[name], np.float32) for name in theirs]
     try:
         made = TRANSFORMS[row.kind].forward(parts, len(ours))

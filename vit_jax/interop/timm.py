@@ -11,12 +11,13 @@ import numpy as np
 from etils import epath
 
 from vit_jax.interop.certificate import Answer, version
-from vit_jax.interop.facts import Facts, pair
+from vit_jax.interop.facts import Facts, Told, pair
 from vit_jax.interop.layouts import HEAD_DIST, TIMM
 from vit_jax.interop.spec import Spec
 from vit_jax.interop.tables import Params, Row, write
 from vit_jax.models.model import Model
 from vit_jax.models.pos_embed import sincos2d
+from vit_jax.preprocess import HALF
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}
 Q_BIAS = re.compile(r"(.*blocks\.\d+\.attn)\.q_bias")
@@ -84,6 +85,16 @@ HEADS = (
     (r"vit_(so400m|giantopt)_\w+|vit_base_patch16_gap_224", 16),
     (r"vit_7b_\w+", 32),
 )
+# Blocks, where model_args do not tell: a file that was cut short has fewer.
+DEPTHS = (
+    (r".*_patch16_36x1_\d+", 36),
+    (r"(vit|deit3?|flexivit)_(tiny|small|base)_\w+", 12),
+    (r"(vit|deit3?|flexivit|eva)_large_\w+", 24),
+    (r"vit_so400m_\w+", 27),
+    (r"(vit|deit3)_huge_\w+", 32),
+    (r"(vit|eva)_giant_\w+|vit_giantopt_\w+|vit_7b_\w+", 40),
+    (r"vit_gigantic_\w+", 48),
+)
 # model_args that the arrays show, that `facts` reads, or that change nothing once trained.
 _READ = {
     *("img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth"),
@@ -101,68 +112,85 @@ def facts(config: Mapping[str, Any], params: Params, arrays: Mapping[str, np.nda
     Raises:
       ValueError: an architecture or a part of one that computes something else.
     """
-    given = config.get("model_args", {})
-    trained = config.get("pretrained_cfg", {})
-    kind, notes = _kind(config, params, arrays)
-    activation = given.get("act_layer") or kind.activation
+    told = Told(config)
+    given = told.part("model_args")
+    # Older folders have at the root what is under pretrained_cfg since.
+    trained = told.part("pretrained_cfg") if config.get("pretrained_cfg") else told
+    kind, notes = _kind(told, params, arrays)
+    activation = given.get("act_layer", "a text") or kind.activation
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"act_layer={activation!r} is not supported; only {', '.join(ACTIVATIONS)}."
         )
-    for name, value in given.items():
+    for name, value in given.values.items():
         if name not in _READ and not name.endswith("_rate") and value is not None:
             raise ValueError(f"config.json has {name}={value!r} in model_args: no part of ours.")
-    size = given.get("img_size") or trained.get("input_size")
+    sizes = "a size in pixels"
+    size = given.get("img_size", sizes) or trained.get("input_size", sizes)
+    pool = _pool(told, params, kind, notes)
+    whole, named = "a whole number from 1", _architecture(told)
     known = {
-        "num_heads": given.get("num_heads") or _first(HEADS, _architecture(config)),
+        "num_heads": given.get("num_heads", whole) or _first(HEADS, named),
+        "depth": given.get("depth", whole) or _first(DEPTHS, named),
+        "qkv_bias": given.get("qkv_bias", "true or false"),
         "image_size": pair(size),
         "activation": ACTIVATIONS[activation],
         "norm_eps": kind.norm_eps,
         "pos_embed": "rope2d" if kind.rope else None,
     }
-    if not trained.get("mean"):
+    if pool != "gap_norm":  # which has its norm behind the mean
+        known["final_norm"] = given.get("final_norm", "true or false", True)
+    mean, std = (trained.get("mean", "three numbers"), trained.get("std", "three positive numbers"))
+    if not mean:
         notes.append("normalisation by 0.5: no config.json tells it; import has --mean and --std")
     return Facts(
-        pool=_pool(config, params, kind, notes),
+        pool=pool,
         known=known,
-        mean=tuple(trained.get("mean", (0.5,) * 3)),
-        std=tuple(trained.get("std", (0.5,) * 3)),
+        mean=tuple(mean or HALF),
+        std=tuple(std or HALF),
         **_resize(trained),
-        class_names=_class_names(config),
+        class_names=_class_names(told, trained),
         notes=notes,
     )
 
 
-def _resize(trained: Mapping[str, Any]) -> dict[str, Any]:
+def _resize(trained: Told) -> dict[str, Any]:
     """`Spec`'s words for pretrained_cfg's; timm's defaults where it is silent."""
-    if not trained:
+    if not trained.values:
         return {}
-    fraction, mode = trained.get("crop_pct") or 0.875, trained.get("crop_mode", "center")
-    bilinear = trained.get("interpolation") == "bilinear"
+    fraction = trained.get("crop_pct", "a positive number", 0.875)
+    mode = trained.get("crop_mode", "a text", "center")
+    bilinear = trained.get("interpolation", "a text") == "bilinear"
     return {
         "crop_fraction": None if mode == "squash" and fraction == 1 else min(fraction, 1.0),
         "interpolation": "bilinear" if bilinear else "bicubic",
     }
 
 
-def _class_names(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """A list, or a dict by the logit's number, which may leave some out: then there are none."""
-    names = config.get("label_names", ())
+def _class_names(*places: Told) -> tuple[str, ...]:
+    """A list, or a dict by the logit's number, which may leave some out: then there are none.
+
+    Those of the first place that has any; 'labels' is the older word.
+    """
+    words = [(place, word) for place in places for word in ("label_names", "labels")]
+    place, word = next((pair for pair in words if pair[0].values.get(pair[1])), (places[0], ""))
+    names = place.values.get(word, ())
     if not isinstance(names, Mapping):
-        return tuple(names)
+        return tuple(place.get(word, "texts", ()))
     numbers = [str(i) for i in range(len(names))]
     return tuple(names[i] for i in numbers) if names.keys() == set(numbers) else ()
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
-    return config.get("architecture", "").partition(".")[0]  # what follows is the weights' tag
+def _architecture(config: Told) -> str:
+    name = config.get("architecture", "a text", "")
+    return name.partition(".")[0]  # what follows is the weights' tag
 
 
 def _first(table: tuple[tuple[str, Any], ...], name: str) -> Any:
     return next((value for pattern, value in table if re.fullmatch(pattern, name)), None)
 
 
-def _kind(config: Mapping[str, Any], params: Params, arrays) -> tuple[Kind, list[str]]:
+def _kind(config: Told, params: Params, arrays) -> tuple[Kind, list[str]]:
     """By the architecture that config.json names, else by the arrays; and what was assumed."""
     if strange := sorted(name for name in arrays if re.fullmatch(_ELSEWHERE, name)):
         raise ValueError(f"timm's models with {strange[0]!r} compute something that ours do not.")
@@ -199,13 +227,13 @@ def _kind(config: Mapping[str, Any], params: Params, arrays) -> tuple[Kind, list
     ]
 
 
-def _pool(config: Mapping[str, Any], params: Params, kind: Kind, notes: list[str]) -> str:
-    given = config.get("model_args", {})
-    named = given.get("global_pool", config.get("global_pool"))
+def _pool(config: Told, params: Params, kind: Kind, notes: list[str]) -> str:
+    given = config.part("model_args")
+    named = given.get("global_pool", "a text") or config.get("global_pool", "a text")
     normed, has_cls = "pool/norm/scale" in params, "backbone/cls_token" in params
     if "pool/probe" in params:
         prefix = has_cls or "backbone/reg_tokens" in params
-        if prefix and not kind.rope and not given.get("pool_include_prefix"):
+        if prefix and not kind.rope and not given.values.get("pool_include_prefix"):
             raise ValueError("timm's attention pooling leaves prefix tokens out; ours does not.")
         return "map"
     if "backbone/dist_token" in params:

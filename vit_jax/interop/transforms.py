@@ -30,6 +30,8 @@ def _join(arrays: Arrays, axis: int) -> np.ndarray:
 
 
 def _split(array: np.ndarray, parts: int, axis: int) -> list[np.ndarray]:
+    if not -array.ndim <= axis < array.ndim:
+        raise ValueError(f"shape {array.shape} has too few axes")
     if array.shape[axis] % parts:
         raise ValueError(f"an axis of {array.shape[axis]} does not split into {parts} parts")
     return np.split(array, parts, axis)
@@ -47,7 +49,7 @@ def _with_heads(array: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _squeeze(array: np.ndarray) -> np.ndarray:
-    if array.shape[0] != 1:
+    if array.shape[:1] != (1,):
         raise ValueError(f"shape {array.shape} should begin with 1")
     return array[0]
 
