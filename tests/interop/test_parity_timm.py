@@ -43,7 +43,7 @@ MODELS = {
             **{"class_token": False, "global_pool": "map", "num_classes": 0},
             **{"act_layer": "gelu_tanh"},
         },
-        {"architecture": "vit_base_patch32_siglip_256", "model_args": {"depth": 3}},
+        {"architecture": "vit_base_patch32_siglip_256", "model_args": {"depth": 2}},
     ),
     "siglip_gap": (
         {"class_token": False, "global_pool": "avg", "act_layer": "gelu_tanh"},
