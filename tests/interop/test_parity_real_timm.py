@@ -16,7 +16,7 @@ from vit_jax.interop.layouts import TIMM
 from vit_jax.interop.load import read_source
 from vit_jax.interop.spec import fill, infer_backbone, make_model, params_of_shapes
 from vit_jax.interop.tables import read
-from vit_jax.interop.timm import ARCHITECTURES, HEADS, facts
+from vit_jax.interop.timm import ARCHITECTURES, DEPTHS, HEADS, facts
 
 torch = pytest.importorskip("torch")
 timm = import_timm()
@@ -228,6 +228,19 @@ def test_the_table_of_architectures_is_timms():
             torch.testing.assert_close(act(x), wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("family", sorted({re.sub(r"_.*", "", name) for name in ALL}))
+def test_depths_are_timms(family):
+    """What a folder without its last blocks is refused by."""
+    checked = 0
+    for name in ALL:
+        if re.sub(r"_.*", "", name) != family or re.fullmatch(OTHER_BLOCKS, name):
+            continue
+        if depth := next((n for pattern, n in DEPTHS if re.fullmatch(pattern, name)), None):
+            assert depth == len(on_meta(name).blocks), name
+            checked += 1
+    assert checked or family not in ("vit", "deit", "deit3", "flexivit", "eva")
+
+
 PUBLISHED = (
     *("vit_tiny_patch16_224", "vit_small_patch32_384", "vit_base_patch8_224"),
     *("vit_large_patch14_224", "vit_huge_patch14_224", "vit_giant_patch14_224"),
@@ -268,7 +281,8 @@ def test_published_sizes_are_covered(name):
     told = facts(config, params, arrays)
     heads = told.known["num_heads"] or model.embed_dim // 64
     assert heads == model.blocks[0].attn.num_heads
-    params, backbone, _ = infer_backbone(params, told.known | {"num_heads": heads})
+    # One block stands for all of them here.
+    params, backbone, _ = infer_backbone(params, told.known | {"num_heads": heads, "depth": 1})
     head = params.get("head/fc/kernel")
     made = spec(pool=told.pool, num_classes=0 if head is None else head.shape[1], names=False)
     made.backbone.update(backbone)

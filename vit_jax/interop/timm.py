@@ -88,8 +88,8 @@ HEADS = (
 # Blocks, where model_args do not tell: a file that was cut short has fewer.
 DEPTHS = (
     (r".*_patch16_36x1_\d+", 36),
-    (r"(vit|deit3?|flexivit)_(tiny|small|base)_\w+", 12),
-    (r"(vit|deit3?|flexivit|eva)_large_\w+", 24),
+    (r"(vit|deit3?|flexivit)_(tiny|small|base)(_\w+)?", 12),
+    (r"(vit|deit3?|flexivit|eva)_large(_\w+)?", 24),
     (r"vit_so400m_\w+", 27),
     (r"(vit|deit3)_huge_\w+", 32),
     (r"(vit|eva)_giant_\w+|vit_giantopt_\w+|vit_7b_\w+", 40),
