@@ -123,6 +123,22 @@ def test_tiles_whose_list_is_wrong_are_decoded_as_a_whole(decoded):
     np.testing.assert_array_equal(image, decode.decode(data)[:10, :10])
 
 
+@pytest.mark.parametrize("make", [plain, with_tiles])
+def test_damage_anywhere_is_an_error_of_the_image_alone(make):
+    whole = make(200, 256)
+    header, rng = jpeg.layout(whole).scan, np.random.default_rng(0)
+    for _ in range(1000):
+        data = bytearray(whole)
+        for at in rng.integers(2, header, rng.integers(1, 4)):
+            data[at] = rng.integers(256)
+        length = len(data) if rng.random() < 0.8 else rng.integers(2, len(data))
+        try:
+            image = decode.decode_window(bytes(data[:length]), (80, 90, 60, 70))
+        except DecodeError:
+            continue
+        assert image.dtype == np.uint8 and image.ndim == 3
+
+
 def test_tiles_that_were_cut_short_are_an_error():
     with pytest.raises(DecodeError, match="remature end"):
         decode.decode_window(with_tiles(400, 512)[:-20], (0, 0, 10, 10))

@@ -81,7 +81,7 @@ def layout(data: bytes) -> Layout | None:
 
 def _layout(data: bytes, frame: int, interval: int, index: int, scan: int) -> Layout | None:
     height, width, count = struct.unpack_from(">HHB", data, frame)
-    if not height or data[scan + 4] != count or count not in (1, 3):
+    if not height or not width or data[scan + 4] != count or count not in (1, 3):
         return None  # its height comes later, or it has several scans
     # A component: its number, how often it is sampled across and down, its table.
     across, down = divmod(data[frame + 6], 16)
@@ -121,7 +121,7 @@ def cut(data: bytes, found: Layout, window: Window, *, margin: int) -> Cut | Non
     """
     top, left, height, width = window
     bottom, right = top + height + margin, left + width + margin
-    if found.index:
+    if found.index and found.interval and found.columns % found.interval == 0:
         tile = found.interval * found.mcu_width
         rows = max(top - margin, 0) // found.mcu_height, -(-bottom // found.mcu_height)
         columns = max(left - 4 * margin, 0) // tile, -(-right // tile)
@@ -144,8 +144,10 @@ def _cut_tiles(
         return None
     coded = np.frombuffer(data, np.uint8)
     count = found.rows * across
+    if found.index + 4 * count > found.scan:
+        return None
     stops = found.scan + np.frombuffer(data, "<u4", count, found.index).astype(np.int64)
-    if stops[-1] + 2 > len(data) or not _in_order(coded, stops):
+    if not _in_order(coded, stops):
         return None
     starts = np.concatenate([[found.scan], stops[:-1] + 2]).reshape(found.rows, across)
     starts, stops = starts[first:last, begin], stops.reshape(found.rows, across)[first:last]
@@ -168,6 +170,8 @@ def _cut_tiles(
 
 def _in_order(coded: np.ndarray, stops: np.ndarray) -> bool:
     """Whether restart markers stand at these offsets, as they count, and the end at the last."""
+    if (np.diff(stops) < 2).any() or stops[-1] + 2 > len(coded):
+        return False
     kinds = 0xD0 + np.arange(len(stops)) % 8
     kinds[-1] = _EOI
     return bool((coded[stops] == 0xFF).all() and (coded[stops + 1] == kinds).all())
