@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -374,25 +375,49 @@ def check_separable(objective: Objective, options: TrainOptions) -> None:
         )
 
 
-def take_weights(parts: Parts, state: TrainState, path: str, info: DatasetInfo) -> TrainState:
+def take_weights(
+    parts: Parts, state: TrainState, path: str, info: DatasetInfo, shardings: TrainState
+) -> TrainState:
     """A new run's state with the parameters of `path` in it; says what became of each of them.
+
+    No device ever holds more of it than `shardings` gives it.
+
+    Args:
+      parts: see `Parts`.
+      state: as it was drawn; donated.
+      path: see `interop.load`.
+      info: of the training dataset, for its classes.
+      shardings: of the state.
 
     Raises:
       ValueError: the weights cannot be read, or are of another backbone.
     """
-    modules = parts.merge(state.params, state.non_trainable)
-    names, model = tuple(parts.graphdefs), modules[1].model(modules[0])
-    split = [nnx.split(module, nnx.Param, ...) for module in modules]  # frozen ones come in, too
-    drawn = dict(zip(names, (nnx.to_pure_dict(params) for _, params, _ in split), strict=True))
+    backbone, objective = parts.merge(state.params, state.non_trainable)
+    modules = dict(zip(parts.graphdefs, (backbone, objective), strict=True))
+    drawn = {  # frozen ones come in, too
+        name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()
+    }
+    places = jax.tree.map(lambda leaf: leaf.sharding, drawn)
     if jax.process_count() > 1:
         drawn = multihost_utils.process_allgather(drawn, tiled=True)
+    model = objective.model(backbone)
     filled, report = start_from(path, drawn, model, class_names=info.class_names)
     print(f"starting from {path}", *report.lines(), sep="\n", flush=True)
-    started = [
-        nnx.merge(graphdef, jax.tree.map(jnp.array, filled[name]), nnx.to_pure_dict(rest))
-        for name, (graphdef, _, rest) in zip(names, split, strict=True)
-    ]
-    return parts.start(*started)
+
+    def start(state: TrainState, filled: dict[str, Any]) -> TrainState:
+        modules = parts.merge(state.params, state.non_trainable)
+        for name, module in zip(parts.graphdefs, modules, strict=True):
+            nnx.update(module, filled[name])
+        return parts.start(*modules)
+
+    # The new state takes the drawn one's memory, which it does not read.
+    start = jax.jit(start, out_shardings=shardings, donate_argnums=0, keep_unused=True)
+    return start(state, jax.tree.map(_put, filled, places))
+
+
+def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has, each device getting its part."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def abstract_state(

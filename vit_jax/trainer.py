@@ -164,8 +164,8 @@ class Trainer:
             shardings = jax.tree.map(lambda x: x.sharding, abstract)
             self.state, meta = jax.jit(init, out_shardings=shardings)(), {}
             if "init_from" in self.config and self.config.init_from:
-                state = take_weights(self.parts, self.state, self.config.init_from, self.info)
-                self.state = jax.device_put(state, shardings)
+                path = self.config.init_from
+                self.state = take_weights(self.parts, self.state, path, self.info, shardings)
         self.step = meta.get("step", 0)
         self.writer = NoWriter()
         self.evaluated = dict(self.processes.first("the metrics", self._open_metrics))

@@ -96,6 +96,21 @@ def test_google_weights_without_the_last_norm(tmp_path):
     assert "final_norm=False, the model has final_norm=True" in reason(path)
 
 
+@pytest.mark.parametrize("format", [npz, timm])
+@pytest.mark.parametrize("depth, told", [(11, True), (12, False)])
+def test_a_lone_file_without_its_last_block(tmp_path, format, depth, told):
+    """Arrays alone do not tell a shallower model from one that was cut short."""
+    widths = {"dim": 192, "mlp_dim": 768, "image_size": (8, 8), "patch_size": (8, 8)}
+    made = source(spec(**widths, depth=depth, activation="gelu_tanh"))
+    arrays = format.export(made.params, made.spec)
+    if format is npz:
+        files.write_npz(path := epath.Path(tmp_path / "w.npz"), arrays)
+    else:
+        files.write_safetensors(path := epath.Path(tmp_path / "w.safetensors"), arrays[0], {})
+    wanted = "depth=11: ViT-Ti, as wide, has 12; the file may be cut short"
+    assert (wanted in read_source(path, num_heads=3).report.notes) == told
+
+
 def test_a_part_of_several_files(tmp_path, exported):
     name = "model-00001-of-00002.safetensors"
     transformers_folder(tmp_path, *exported, name=name)

@@ -1,5 +1,7 @@
 """`config.init_from`: what a new run takes from other weights, and what it says of it."""
 
+import collections
+import gc
 import json
 import time
 
@@ -17,6 +19,7 @@ from vit_jax.interop.export import export
 from vit_jax.interop.load import adapt, read_source
 from vit_jax.metrics import Stopwatch
 from vit_jax.runtime import Preempted, StopSignal
+from vit_jax.train import Parts
 from vit_jax.tree import named_leaves
 
 pytestmark = pytest.mark.slow
@@ -129,6 +132,39 @@ def test_only_the_first_start_takes_them(trained, data_dir, tmp_path, monkeypatc
     whole, _ = run(config, tmp_path / "whole")
     assert_same_bits(whole.state, parts.state)
     assert len(saved_state(tmp_path / "new", 6)) == len(jax.tree.leaves(whole.state))
+
+
+def test_no_device_holds_more_than_its_part(data_dir, tmp_path, monkeypatch):
+    """Not even on the way: a model may fit only split over all of them."""
+    path, made = weights(tmp_path)
+    held, begin = [], Parts.start
+
+    def spy(parts, *modules):
+        held.append(bytes_by_device())
+        return begin(parts, *modules)
+
+    monkeypatch.setattr(Parts, "start", spy)
+    before = bytes_by_device()
+    mesh = {"mesh__data": 1, "mesh__fsdp": 8}
+    trainer = start(short(data_dir, init_from=str(path), **mesh), tmp_path / "new")
+    model = sum(array.nbytes for array in made.params.values())
+    for after in [*held, bytes_by_device()]:
+        more = [after[device] - before[device] for device in jax.devices()]
+        assert max(more) - min(more) < model / 10
+    assert len(held) > 1 and min(more) > model / 8
+    params = names_of(trainer.state.params)
+    name = "backbone/blocks/1/mlp/fc1/kernel"
+    np.testing.assert_array_equal(params[name], made.params[name])
+
+
+def bytes_by_device():
+    """Of all arrays that are alive."""
+    gc.collect()  # other tests' trainers are cycles
+    found = collections.Counter()
+    for array in jax.live_arrays():
+        for shard in array.addressable_shards:
+            found[shard.device] += shard.data.nbytes
+    return found
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import vit_jax
 from vit_jax.interop import certificate, files, huggingface, npz, onnx, stablehlo, timm
 from vit_jax.interop.certificate import Answer
 from vit_jax.interop.files import CERTIFICATE
-from vit_jax.interop.load import OWN, Source, load
+from vit_jax.interop.load import OWN, Source, read_source
 from vit_jax.interop.spec import Spec, fill, make_model
 from vit_jax.models.model import Model
 from vit_jax.spelling import nearest
@@ -136,7 +136,8 @@ def _read_back(path: epath.Path, suffix: str, source: Source, images: np.ndarray
     """Our own reader on the written file."""
     with _named(path, suffix) as named:
         b = source.spec.backbone
-        model = load(named, num_heads=b["num_heads"], image_size=b["image_size"])
+        read = read_source(named, num_heads=b["num_heads"], image_size=b["image_size"])
+    model = fill(make_model(read.spec), read.params)
     pixels = source_pixels(source, images)
     answer = certificate.ours(model, pixels)
     return Answer(f"vit_jax {vit_jax.__version__}, read back", answer.logits, answer.features)

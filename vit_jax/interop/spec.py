@@ -217,6 +217,8 @@ def infer_backbone(
     if "num_heads" not in known:
         options["num_heads"], note = _guess_heads(dim)
         notes.append(note)
+    if "depth" not in known:
+        notes += _shallow(options)
     params, places, more = _place(params, options, known, bare)
     return params, options | places | known | {"image_size": places["image_size"]}, notes + more
 
@@ -235,6 +237,15 @@ def _guess_heads(dim: int) -> tuple[int, str]:
         raise ValueError(f"dim={dim} is no multiple of {HEAD_DIM}: tell the heads by --num_heads.")
     heads = dim // HEAD_DIM
     return heads, f"num_heads={heads}: {HEAD_DIM} channels a head, as is the custom; or --num_heads"
+
+
+def _shallow(options: Mapping[str, Any]) -> list[str]:
+    """A note of blocks that may be missing: the model that is known for its widths has more."""
+    depth, widths = options["depth"], (options["dim"], options["mlp_dim"])
+    for name, (dim, wanted, _, mlp_dim) in VARIANTS.items():
+        if widths == (dim, mlp_dim) and depth < wanted:
+            return [f"depth={depth}: ViT-{name}, as wide, has {wanted}; the file may be cut short"]
+    return []
 
 
 def _place(params, options, known, bare) -> tuple[Params, dict[str, Any], list[str]]:
