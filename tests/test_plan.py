@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 
 import jax
@@ -34,7 +35,10 @@ def planned(capsys, *arguments) -> dict:
 @pytest.fixture(scope="module")
 def job(data_dir):
     """Parts, state and mesh of `tiny` on 8 devices, parameters split over 4."""
-    config = tiny(data_dir)
+    return made(tiny(data_dir), data_dir)
+
+
+def made(config, data_dir):
     mesh = make_mesh(data=2, fsdp=4)
     parts, init = train_lib.make_parts(config, dataset_info("digits", data_dir=data_dir))
     return parts, train_lib.abstract_state(init, mesh), mesh, init
@@ -50,9 +54,6 @@ def test_a_plan_for_this_machine(capsys):
     assert used["total"] == sum(v for k, v in used.items() if k not in ("total", "capacity"))
     assert used["capacity"] > used["total"]
     assert result["cycles_per_step"] is None and result["hours"] is None  # no TPU compiler
-    flops = result["flops_per_step"]
-    # The patch embedding's input needs no gradient: of so small a model that is some percent.
-    assert flops["compiler"] == pytest.approx(flops["formula"], rel=0.05)
     assert result["collective_bytes"]["all-reduce"] > 0
 
 
@@ -85,6 +86,40 @@ def test_the_ring_bound_by_hand(job):
     assert bound["all-gather"] == round(2 * 3 / 4 * split * 2)
     assert bound["reduce-scatter"] == round(3 / 4 * split * 2)
     assert bound["all-reduce"] == round(2 * 2 * (1 / 2 * split / 4 + 7 / 8 * whole))
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_flops_are_the_formulas_but_for_the_gradient_of_the_images(data_dir, remat):
+    """Exactly, once what rematerialisation does again is told apart."""
+    leaves = {"model__scan": remat == "full", "model__remat": remat}
+    config = tiny(data_dir, **leaves)
+    parts, state, mesh, _ = made(config, data_dir)
+    batch = plan.abstract_batch(config.batch_size, parts.image_size, mesh)
+    module = plan.compile_step(parts, state, batch, mesh).module
+    found = plan.matmul_flops(module)
+    assert (found["recomputed"] > 0) == (remat == "full")
+    backbone, _ = parts.merge(state.params, state.non_trainable)
+    patches, kernel = math.prod(backbone.grid), backbone.patch_embed.kernel
+    images_grad = 2 * patches * math.prod(kernel.shape)
+    wanted = (parts.flops_per_image - images_grad) * config.batch_size
+    assert (found["compiler"] - found["recomputed"]) * mesh.size == wanted
+
+
+def test_flops_of_attentions_kernels():
+    """4·n²·d an image forward, 8·n²·d backward, where the scores are computed again."""
+    text = """ENTRY %main (q: bf16[64,196,1152]) -> bf16[64,196,1152] {
+  %q = bf16[64,196,1152]{2,1,0} parameter(0)
+  %attention_forward.3 = bf16[64,196,384]{2,1,0} custom-call(%q), \
+custom_call_target="tpu_custom_call", metadata={op_name="jvp()/attn"}
+  %attention_forward = bf16[64,196,384]{2,1,0} custom-call(%q), \
+custom_call_target="tpu_custom_call", metadata={op_name="checkpoint/rematted_computation/attn"}
+  ROOT %attention_backward.1 = bf16[64,196,1152]{2,1,0} custom-call(%q, %attention_forward), \
+custom_call_target="tpu_custom_call", metadata={op_name="transpose(jvp())/attn"}
+}
+"""
+    square = 64 * 196 * 196 * 384
+    found = plan.matmul_flops(hlo.parse(text))
+    assert found == {"compiler": (4 + 4 + 10) * square, "recomputed": (4 + 2) * square}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +163,7 @@ def test_without_libtpu_it_plans_for_this_machine(monkeypatch, capsys):
     assert "planning for this machine's own devices" in err
 
 
-def fake_compile(*_):
+def fake_compile(*_, **__):
     """A compiler that always runs out of memory."""
     return plan.Compiled(None, None, 0.1, needed=2**60)
 
@@ -136,7 +171,7 @@ def fake_compile(*_):
 def test_a_plan_that_does_not_fit_ends_with_2_and_says_what_was_tried(monkeypatch, capsys):
     fits = []
 
-    def compile_step(parts, state, batch, mesh):
+    def compile_step(parts, state, batch, mesh, dumps):
         fits.append(mesh.shape["fsdp"])
         return fake_compile()
 

@@ -72,6 +72,7 @@ class _Planner:
             except ImportError as error:
                 print(f"{error}; planning for this machine's own devices", file=sys.stderr)
         self.target = self.target or plan.own_devices()
+        self.dumps = plan.dumps_for(self.target)
 
     def plan(self, config: ConfigDict) -> dict[str, Any]:
         """The report of one config, as --json prints it.
@@ -92,16 +93,15 @@ class _Planner:
         if self.values.show_sharding:
             print(_layout(sharding.layout(state)), file=sys.stderr if self.values.json else None)
         batch = plan.abstract_batch(config.batch_size, parts.image_size, mesh)
-        compiled = plan.compile_step(parts, state, batch, mesh)
+        compiled = plan.compile_step(parts, state, batch, mesh, dumps=self.dumps)
         if self.values.dump_hlo and compiled.program is not None:
             folder = epath.Path(self.values.dump_hlo)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "train_step.txt").write_text(compiled.program.as_text())
         price = self.values.price_per_chip_hour
         steps = {"batch_size": config.batch_size, "total_steps": config.total_steps}
-        result = plan.report(
-            compiled, self.target, parts, state, mesh, price_per_chip_hour=price, **steps
-        )
+        options = {"price_per_chip_hour": price, "dumps": self.dumps, **steps}
+        result = plan.report(compiled, self.target, parts, state, mesh, **options)
         head = {
             "config": _name(self.values, config),
             "topology": self.target.name,
@@ -258,7 +258,8 @@ def _speed_rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     flops = result["flops_per_step"]
     yield "FLOPs a step", f"{flops['formula']:.4g} by formula"
     if flops["compiler"]:
-        yield "", f"{flops['compiler']:.4g} in the compiled program's matrix products"
+        again = f", {flops['recomputed']:.4g} of them done again" if flops["recomputed"] else ""
+        yield "", f"{flops['compiler']:.4g} in the compiled program's matrix products{again}"
     if result["cycles_per_step"] is None:
         return
     seconds = result["seconds_per_step_estimate"]
