@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import types
 
 import jax
 import numpy as np
@@ -13,6 +14,8 @@ from tests.recipes import tiny
 from vit_jax import hlo, plan
 from vit_jax import train as train_lib
 from vit_jax.cli import main
+from vit_jax.commands import plan as command
+from vit_jax.commands.config_flag import load_config, parse_with_config
 from vit_jax.data.sources import dataset_info
 from vit_jax.sharding import make_mesh
 
@@ -202,6 +205,30 @@ def test_the_search_ranks_what_fits_first(monkeypatch, capsys):
     assert "100.0 ms a step, 10.0 ms of them waiting" in lines[0]
     assert "does not fit, 1.00 GiB of 0.50 GiB" in lines[1]
     assert lines[-1].startswith("the fastest that fits: --config.mesh.tensor=1")
+
+
+@pytest.mark.parametrize("recipe", ["vit_s16_i1k:debug", "vit_22b:debug", "cifar10:debug"])
+def test_what_is_proposed_can_be_pasted(recipe):
+    """As flags the overrides make the same config; recipes without `remat` take none."""
+    config = load_config(recipe)
+    own = types.SimpleNamespace(target=plan.own_devices())
+    searched = [
+        mesh | more
+        for mesh in command._meshes(own, config)
+        for more in command._recomputing(config)
+    ]
+    proposed = [*command._remedies(config), *searched]
+    assert {"train.accumulate"} < {key for overrides in proposed for key in overrides}
+    for overrides in proposed:
+        flags = command._as_flags(overrides).split()
+        _, pasted = parse_with_config([f"--config={recipe}", *flags], lambda _: None, usage="")
+        assert pasted.to_dict() == command._changed(config, overrides).to_dict()
+
+
+def test_a_search_begins_with_what_recomputes_least():
+    config = load_config("vit_22b:debug")
+    assert config.model.remat == "full"
+    assert next(command._recomputing(config)) == {"model.remat": "none"}
 
 
 @needs_libtpu

@@ -20,6 +20,9 @@ Without --topology it plans for this machine's own devices. Exit code 2: it does
 
 EXIT_DOES_NOT_FIT = 2
 
+POLICIES = ("none", "dots", "full")
+"""Of rematerialisation, the fastest first."""
+
 
 def main(argv: list[str]) -> int:
     """Runs `vit-jax plan`; answers the exit code."""
@@ -140,16 +143,16 @@ def _changed(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
 
 def _remedies(config: ConfigDict) -> Iterator[dict[str, Any]]:
     """Overrides that need less and less memory, the cheapest in time first."""
-    policies = ("none", "dots", "full")
-    now = config.model.get("remat", "none")
-    later = policies[policies.index(now) + 1 :] if now in policies else ()
+    now = config.model.get("remat")  # None: a recipe without it takes no such flag
+    later = POLICIES[POLICIES.index(now) + 1 :] if now in POLICIES else ()
     fsdp = {"mesh.fsdp": -1, "mesh.data": 1}
     for mesh in ({}, fsdp) if config.mesh.get("fsdp", 1) == 1 else ({},):
         if mesh:
             yield mesh
         for policy in later:
             yield mesh | {"model.remat": policy}
-    last = (fsdp if config.mesh.get("fsdp", 1) == 1 else {}) | {"model.remat": "full"}
+    last = fsdp if config.mesh.get("fsdp", 1) == 1 else {}
+    last |= {"model.remat": "full"} if now else {}
     for count in (2, 4, 8):
         yield last | {"train.accumulate": count}
 
@@ -174,7 +177,7 @@ def _search(planner: _Planner, config: ConfigDict, *, as_json: bool) -> int:
     """Tries what could be faster or smaller; prints all of it, the fastest that fits first."""
     tried = []
     for mesh in _meshes(planner, config):
-        for overrides in ({}, *_recomputing(config)):
+        for overrides in _recomputing(config):
             overrides = mesh | overrides
             try:
                 result = planner.plan(_changed(config, overrides))
@@ -208,11 +211,14 @@ def _meshes(planner: _Planner, config: ConfigDict) -> list[dict[str, Any]]:
 
 
 def _recomputing(config: ConfigDict) -> Iterator[dict[str, Any]]:
-    for policy in ("none", "dots", "full"):
-        if policy != config.model.get("remat", "none"):
-            yield {"model.remat": policy}
+    """Overrides that recompute more and more; as given alone where there is no such choice."""
+    now = config.model.get("remat")
+    if now not in POLICIES:
+        yield {}
+    policies = [{"model.remat": policy} for policy in POLICIES] if now else []
+    yield from policies
     for count in (2, 4):
-        yield {"model.remat": "full", "train.accumulate": count}
+        yield (policies[-1] if policies else {}) | {"train.accumulate": count}
 
 
 def _reason(result: dict[str, Any]) -> str:
