@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.recipes import tiny
-from vit_jax import hlo, plan
+from vit_jax import bundles, hlo, plan
 from vit_jax import train as train_lib
 from vit_jax.cli import main
 from vit_jax.commands import plan as command
@@ -242,6 +242,11 @@ def test_topologies_have_the_devices_that_jax_has_on_real_chips():
     assert cut.shape["fsdp"] == 16
     cut = make_mesh(fsdp=256, devices=plan.topology("v4:8x8x16").devices)  # no side, no plane
     assert cut.shape["data"] == 4
+    hosts = [
+        {device.process_index for device in plan.topology("v5e:4x4", chips_per_host=size).devices}
+        for size in ("", "1x1")
+    ]
+    assert (len(hosts[0]), len(hosts[1])) == (4, 16)
     slices = plan.topology("v5e:2x2", num_slices=2).slices
     assert slices == [0] * 4 + [1] * 4
     with pytest.raises(
@@ -252,16 +257,35 @@ def test_topologies_have_the_devices_that_jax_has_on_real_chips():
 
 @pytest.mark.slow
 @needs_libtpu
-def test_a_plan_for_tpus(capsys, tmp_path):
-    arguments = ("--config=digits:debug", "--topology=v5e:2x2", f"--dump_hlo={tmp_path}")
-    result = planned(capsys, *arguments, "--config.mesh.fsdp=2", "--config.mesh.data=2")
+def test_a_plan_for_tpus(capsys, tmp_path, monkeypatch):
+    started = []
+    start = bundles._start
+    monkeypatch.setattr(bundles, "_start", lambda *a: started.append(a) or start(*a))
+    leaves = (
+        "--config.model.dim=64",
+        "--config.model.image_size=(32,32)",
+        "--config.batch_size=64",
+    )
+    arguments = ("--config=vit_s16_i1k:debug", *leaves, "--topology=v5e:2x2")
+    options = (f"--dump_hlo={tmp_path}", "--price_per_chip_hour=2")
+    result = planned(capsys, *arguments, *options, "--config.mesh.fsdp=2", "--config.mesh.data=2")
     assert (result["num_chips"], result["fits"], result["topology"]) == (4, True, "v5e:2x2")
     assert result["cycles_per_step"] > 10_000
     assert 0 < result["mfu_estimate"] < 1
     assert result["collective_bytes"]["all-gather"] > 0
     assert result["images_per_second"] * result["seconds_per_step_estimate"] == pytest.approx(64)
+    assert result["hours"] == result["seconds_per_step_estimate"] * result["total_steps"] / 3600
+    assert result["cost"] == pytest.approx(result["hours"] * 4 * 2)
     module = hlo.parse((tmp_path / "train_step.txt").read_text())
-    assert hlo.total_cycles(module) == result["cycles_per_step"]
+    kernels = {row["name"]: row["times"] for row in result["kernels"]}
+    assert kernels == {"attention_forward": 2, "attention_backward": 2}
+    inside = sum(row["cycles"] * row["times"] for row in result["kernels"])
+    assert hlo.total_cycles(module) + inside == result["cycles_per_step"]
+    assert len(started) == 1  # both, beside the program: known before it was compiled
+    flops = result["flops_per_step"]
+    images_grad = 2 * 16 * 8 * 8 * 3 * 64  # 16 patches, which nobody wants
+    wanted = flops["formula"] - 64 * images_grad
+    assert flops["compiler"] - flops["recomputed"] == wanted
 
 
 @pytest.mark.slow
