@@ -104,7 +104,7 @@ def measure(name: str) -> dict:
     variant, topology, images, model, mesh_sizes = CASES[name]
     module, target, flops = compile_case(variant, topology, images, model, mesh_sizes)
     chip = target.chip
-    kernels = bundles.kernels(module, chip, topology)
+    kernels = bundles.kernels(module, chip, bundles.Dumps(topology))
     xla = hlo.total_cycles(module)
     inside = round(sum(kernel.cycles * kernel.times for kernel in kernels))
     total = xla + inside

@@ -1,11 +1,15 @@
 """The accounting of kernels, on a real dump: 8 cells with 4 products of 16 × 128 × 128 (v5e)."""
 
+import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from vit_jax import bundles, hlo
 from vit_jax.chips import CHIPS
+from vit_jax.kernels import attention_tpu
 
 DUMPS = pathlib.Path(__file__).parent / "dumps"
 
@@ -50,16 +54,21 @@ def test_a_kernel_lasts_as_long_as_its_slowest_part_and_starting_its_cells():
         assert kernel.cycles == 35
 
 
-@pytest.fixture
-def dumped(monkeypatch):
-    monkeypatch.setattr(bundles, "_compile", lambda calls, topology: [text for _ in calls])
-    text = (DUMPS / "products_final_bundles.txt").read_text()
+class Dumped(bundles.Dumps):
+    """Has the dump already."""
+
+    def want(self, kernels):
+        text = (DUMPS / "products_final_bundles.txt").read_text()
+        self._texts |= dict.fromkeys(kernels, text)
 
 
-def test_kernels_of_a_program(dumped):
-    module = hlo.parse((DUMPS / "products.hlo").read_text())
+def kernels(text):
+    return bundles.kernels(hlo.parse(text), CHIPS["TPU v5e"], Dumped("v5e:4x4"))
+
+
+def test_kernels_of_a_program():
     chip = CHIPS["TPU v5e"]
-    (kernel,) = bundles.kernels(module, chip, "v5e:4x4")
+    (kernel,) = kernels((DUMPS / "products.hlo").read_text())
     assert (kernel.name, kernel.cells, kernel.times) == ("products", 8, 1)
     assert (kernel.bundles, kernel.rows) == program().total()
     size = 2 * 32 * 16 * 128 + 2 * 128 * 128 + 4 * 32 * 16 * 128
@@ -69,19 +78,19 @@ def test_kernels_of_a_program(dumped):
     assert kernel.overhead == pytest.approx(start, abs=1)
 
 
-def test_arrays_that_stay_on_the_chip_are_no_traffic(dumped):
+def test_arrays_that_stay_on_the_chip_are_no_traffic():
     text = (DUMPS / "products.hlo").read_text()
     moved = text.replace(
         "%x.1 = bf16[32,16,128]{2,1,0:T(8,128)(2,1)}",
         "%x.1 = bf16[32,16,128]{2,1,0:T(8,128)(2,1)S(1)}",
     )
-    both = [bundles.kernels(hlo.parse(t), CHIPS["TPU v5e"], "v5e:4x4")[0] for t in (text, moved)]
+    both = [kernels(each)[0] for each in (text, moved)]
     chip = CHIPS["TPU v5e"]
     less = 2 * 32 * 16 * 128 * chip.clock / chip.hbm_bandwidth
     assert both[0].traffic - both[1].traffic == pytest.approx(less, abs=1)
 
 
-def test_kernels_in_a_loop_are_counted_by_its_trips(dumped):
+def test_kernels_in_a_loop_are_counted_by_its_trips():
     call = (DUMPS / "products.hlo").read_text().split("ROOT %products.1 = ")[1].split("\n}")[0]
     text = f"""HloModule loop
 
@@ -102,14 +111,41 @@ ENTRY %main (a: s32[]) -> s32[] {{
 backend_config={{"known_trip_count":{{"n":"6"}}}}
 }}
 """
-    (kernel,) = bundles.kernels(hlo.parse(text.replace("\\\n", "")), CHIPS["TPU v5e"], "v5e:4x4")
+    (kernel,) = kernels(text.replace("\\\n", ""))
     assert kernel.times == 6
+
+
+def test_kernels_are_known_before_the_program_is_compiled():
+    """What JAX lowers and what the compiler prints of it make the same key."""
+
+    def step(qkv):
+        out = attention_tpu.forward(qkv, None, None, num_heads=2)[0]
+        return attention_tpu.forward(jnp.tile(out, 3), None, None, num_heads=2)
+
+    shape = jax.ShapeDtypeStruct((8, 32, 3 * 128), jnp.bfloat16)
+    (key,) = bundles.keys_of(jax.jit(step).trace(shape).lower(lowering_platforms=("tpu",)))
+    call = json.loads(key)
+    assert call["operands"] == [["bf16", [8, 32, 384]]]
+    assert call["results"] == [["bf16", [8, 32, 128]], ["f32", [8, 2, 32]]]
+    compiled = {  # as libtpu writes the same
+        "flag_configs": [],
+        "scoped_memory_configs": [{"memory_space": "1", "offset": "0", "size": "67108864"}],
+        "custom_call_config": {
+            "body": call["config"]["custom_call_config"]["body"],
+            "needs_layout_passes": True,
+            "serialization_format": "1",
+            "allow_input_fusion": [],
+            "output_memory_colors": [0, 1],
+        },
+        "retry_config": {"retry_count": "0"},
+    }
+    assert bundles.kernel_key(compiled, call["operands"], call["results"]) == key
 
 
 @pytest.mark.slow
 def test_the_compiler_still_says_what_is_read():
     pytest.importorskip("libtpu", reason="libtpu is not installed")
     module = hlo.parse((DUMPS / "products.hlo").read_text())
-    (kernel,) = bundles.kernels(module, CHIPS["TPU v5e"], "v5e:4x4")
+    (kernel,) = bundles.kernels(module, CHIPS["TPU v5e"], bundles.Dumps("v5e:4x4"))
     assert kernel.cells == 8 and kernel.rows == 8 * 4 * 16
     assert 0.5 < kernel.bundles / program().total()[0] < 2

@@ -16,8 +16,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vit_jax import hlo
 from vit_jax.chips import Chip
@@ -34,6 +35,9 @@ DTYPES = {
     **{"s8": "int8", "u8": "uint8", "s16": "int16", "s32": "int32", "u32": "uint32"},
 }
 """HLO's names and NumPy's."""
+
+Shape = tuple[str, Sequence[int]]
+"""HLO's name of a type, and sides."""
 
 
 def dump_flags(folder: str) -> str:
@@ -164,28 +168,70 @@ class Kernel:
         return max(self.bundles, self.rows, self.traffic) + self.overhead
 
 
-def kernels(module: hlo.Module, chip: Chip, topology: str) -> list[Kernel]:
-    """The Pallas kernels of a compiled program, each compiled once more, alone, for its bundles.
+class Dumps:
+    """Bundles of kernels, each compiled once, alone, in processes beside this one.
+
+    libtpu reads its flags but once: hence the processes. They also use a second core while this
+    process compiles the program that the kernels are of.
+
+    Args:
+      topology: as libtpu takes it, such as 'v5e:4x4'.
+    """
+
+    def __init__(self, topology: str):
+        self._topology = topology
+        self._texts: dict[str, str] = {}
+        self._running: dict[str, subprocess.Popen] = {}  # kernel -> what compiles it
+
+    def want(self, kernels: Iterable[str]) -> None:
+        """Starts to compile kernels (see `kernel_key`) that are not known or under way."""
+        keys = [k for k in dict.fromkeys(kernels) if k not in self._texts | self._running]
+        if keys:
+            self._running |= dict.fromkeys(keys, _start(keys, self._topology))
+
+    def __getitem__(self, kernel: str) -> str:
+        """The dump of a kernel, which is waited for.
+
+        Raises:
+          RuntimeError: the compiler refused a kernel alone; the message is its own.
+        """
+        self.want([kernel])
+        if process := self._running.get(kernel):
+            out, err = process.communicate()
+            if process.returncode:
+                reason = " ".join(err.strip().splitlines()[-1:])
+                raise RuntimeError(f"a kernel does not compile alone: {reason}")
+            self._texts |= json.loads(out.splitlines()[-1])
+            self._running = {k: p for k, p in self._running.items() if p is not process}
+        return self._texts[kernel]
+
+    def close(self) -> None:
+        """Ends what still compiles."""
+        for process in set(self._running.values()):
+            process.kill()
+            process.communicate()
+        self._running = {}
+
+
+def kernels(module: hlo.Module, chip: Chip, dumps: Dumps) -> list[Kernel]:
+    """The Pallas kernels of a compiled program.
 
     Args:
       module: of `compiled.as_text()`.
       chip: that it was compiled for.
-      topology: the same, as libtpu takes it, such as 'v5e:4x4'.
-
-    Raises:
-      RuntimeError: the compiler refused a kernel alone; the message is its own.
+      dumps: for the same topology.
     """
     different: dict[str, tuple[str, hlo.Instruction]] = {}  # what the compiler sees -> one of them
     times: collections.Counter = collections.Counter()
     for computation, instruction, runs, _ in module.visits():
         if instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
-            key = _key(module.defined[computation], instruction)
+            key = _key_of(module.defined[computation], instruction)
             different.setdefault(key, (computation, instruction))
             times[key] += runs
-    texts = _compile([json.loads(key) for key in different], topology)
+    dumps.want(different)
     return [
-        cost(module.defined[computation], instruction, text, chip, times=times[key])
-        for (key, (computation, instruction)), text in zip(different.items(), texts, strict=True)
+        cost(module.defined[computation], instruction, dumps[key], chip, times=times[key])
+        for key, (computation, instruction) in different.items()
     ]
 
 
@@ -230,62 +276,108 @@ def _traffic(defined: Mapping[str, hlo.Instruction], call: hlo.Instruction, chip
     return size / (chip.hbm_bandwidth / chip.clock)
 
 
-def _key(defined: dict[str, hlo.Instruction], call: hlo.Instruction) -> str:
-    """All that makes a kernel's code, as JSON: configuration, operands and results."""
+def _key_of(defined: dict[str, hlo.Instruction], call: hlo.Instruction) -> str:
+    """The key of a compiled program's kernel."""
     config = json.JSONDecoder().raw_decode(call.attributes.split("backend_config=", 1)[1])[0]
-    shapes = [[[a.dtype, a.sides] for a in defined[name].arrays] for name in call.operands]
-    kept = {name: config[name] for name in ("custom_call_config", "scoped_memory_configs")}
-    results = [[a.dtype, a.sides] for a in call.arrays]
-    operands = [shape for shapes in shapes for shape in shapes]
-    return json.dumps({"config": kept, "operands": operands, "results": results}, sort_keys=True)
+    operands = [array for name in call.operands for array in defined[name].arrays]
+    return kernel_key(config, _shapes(operands), _shapes(call.arrays))
 
 
-def _compile(calls: Sequence[Mapping], topology: str) -> list[str]:
-    """The dumps of kernels, compiled in a process of its own: libtpu reads its flags but once."""
-    if not calls:
-        return []
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"LIBTPU_INIT_ARGS": dump_flags(folder), "JAX_PLATFORMS": "cpu"}
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what comes from there leaves no dump
-        given = json.dumps({"calls": calls, "topology": topology, "folder": folder})
-        command = [sys.executable, "-m", "vit_jax.bundles"]
-        options = {"input": given, "env": environment, "capture_output": True, "text": True}
-        done = subprocess.run(command, check=False, **options)
-        if done.returncode:
-            reason = " ".join(done.stderr.strip().splitlines()[-1:])
-            raise RuntimeError(f"a kernel does not compile alone: {reason}")
-        return json.loads(done.stdout.splitlines()[-1])
+def _shapes(arrays: Iterable[hlo.Array]) -> list[Shape]:
+    return [(array.dtype, array.sides) for array in arrays]
+
+
+def kernel_key(config: Mapping, operands: Sequence[Shape], results: Sequence[Shape]) -> str:
+    """All that makes a kernel's code, as JSON: configuration, types and sides of its arrays.
+
+    The compiler adds to the configuration what is empty, and where it put the arrays.
+    """
+    kept = {name: config.get(name) for name in ("custom_call_config", "scoped_memory_configs")}
+    call = {"config": _told(kept), "operands": operands, "results": results}
+    return json.dumps(call, sort_keys=True)
+
+
+def _told(value: Any) -> Any:
+    """Without what is empty, numbers as text: JAX and the compiler write the same differently."""
+    if isinstance(value, dict):
+        told = {k: _told(v) for k, v in value.items() if not k.endswith("_colors")}
+        return {k: v for k, v in told.items() if v or v == 0}
+    if isinstance(value, list):
+        return [_told(each) for each in value]
+    return value if isinstance(value, bool) else str(value)
+
+
+def keys_of(lowered: Any) -> list[str]:
+    """The kernels of a program that is still to be compiled: of what `jax.jit(…).lower` answers."""
+    return list(dict.fromkeys(_keys_in(lowered.compiler_ir("stablehlo").operation)))
+
+
+def _keys_in(operation: Any) -> Iterator[str]:
+    for block in (block for region in operation.regions for block in region.blocks):
+        for each in block.operations:
+            if "tpu_custom_call" in str(each.attributes.get("call_target_name")):
+                config = json.loads(each.attributes["backend_config"].value)
+                operands, results = (
+                    [_shape(value.type) for value in values]
+                    for values in (each.operands, each.results)
+                )
+                yield kernel_key(config, operands, results)
+            yield from _keys_in(each.operation)
+
+
+def _shape(kind: Any) -> Shape:
+    """Of an array's type in MLIR, whose signed integers are i32 and so on."""
+    name = str(kind.element_type)
+    name = "pred" if name == "i1" else re.sub(r"^i", "s", re.sub(r"^ui", "u", name))
+    return name, tuple(kind.shape)
+
+
+def _start(keys: Sequence[str], topology: str) -> subprocess.Popen:
+    """A process that compiles kernels and prints {key: dump}."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # what comes from there leaves no dump
+    pipe = subprocess.PIPE
+    options = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "env": environment, "text": True}
+    process = subprocess.Popen([sys.executable, "-m", "vit_jax.bundles"], **options)
+    process.stdin.write(json.dumps({"keys": keys, "topology": topology}))
+    process.stdin.close()
+    process.stdin = None  # `communicate` would write to it
+    return process
 
 
 def _compile_here() -> None:
-    """What that process does: reads calls, compiles one after another, prints their dumps."""
+    """What that process does: compiles one kernel after another, prints their dumps."""
+    given = json.load(sys.stdin)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LIBTPU_INIT_ARGS"] = dump_flags(folder)
+        texts = {key: _compile(json.loads(key), given["topology"], folder) for key in given["keys"]}
+    print(json.dumps(texts))
+
+
+def _compile(call: Mapping, topology: str, folder: str) -> str:
     import jax
     import jax.numpy as jnp
     from jax.experimental.layout import Format, Layout
 
-    from vit_jax.plan import topology
+    from vit_jax import plan
 
-    given = json.load(sys.stdin)
-    place = jax.sharding.SingleDeviceSharding(topology(given["topology"]).devices[0])
+    place = jax.sharding.SingleDeviceSharding(plan.topology(topology).devices[0])
 
     def shape(dtype, sides):  # row by row, as kernels want it, so that nothing is copied
         form = Format(Layout(tuple(range(len(sides)))), place)
         return jax.ShapeDtypeStruct(sides, jnp.dtype(DTYPES.get(dtype, dtype)), sharding=form)
 
-    texts = []
-    for call in given["calls"]:
-        results = [shape(*each) for each in call["results"]]
-        kernel = jax.ffi.ffi_call(
-            "tpu_custom_call",
-            [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in results],
-            custom_call_api_version=1,
-            legacy_backend_config=json.dumps(call["config"]),
-        )
-        places = [each.sharding for each in results]
-        operands = [shape(*each) for each in call["operands"]]
-        jax.jit(kernel, out_shardings=places).lower(*operands).compile()
-        texts.append(take_dump(given["folder"], "ffi_call*"))
-    print(json.dumps(texts))
+    results = [shape(*each) for each in call["results"]]
+    kernel = jax.ffi.ffi_call(
+        "tpu_custom_call",
+        [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in results],
+        custom_call_api_version=1,
+        legacy_backend_config=json.dumps(call["config"]),
+    )
+    places = [each.sharding for each in results]
+    operands = [shape(*each) for each in call["operands"]]
+    jax.jit(kernel, out_shardings=places).lower(*operands).compile()
+    return take_dump(folder, "ffi_call*")
 
 
 if __name__ == "__main__":

@@ -254,14 +254,21 @@ def total_cycles(module: Module) -> int:
 # --- matrix products -----------------------------------------------------------------------------
 
 
-def matmul_flops(module: Module) -> int:
-    """FLOPs of all matrix products and convolutions of one run, two a multiply-add.
+def matmul_flops(
+    module: Module, which: Callable[[Instruction], bool] = lambda instruction: True
+) -> int:
+    """FLOPs of matrix products and convolutions of one run, two a multiply-add.
 
-    Loops are multiplied by their trips; `compiled.cost_analysis()` counts a loop's body once.
+    Loops are multiplied by their trips; `compiled.cost_analysis()` counts a loop's body once. What
+    kernels multiply is in none of these instructions.
+
+    Args:
+      module: of one device.
+      which: of the products; all by default.
     """
     total = 0.0
     for computation, instruction, times, _ in module.visits():
-        if instruction.opcode in ("dot", "convolution"):
+        if instruction.opcode in ("dot", "convolution") and which(instruction):
             names = module.defined[computation]
             operands = [names[name].arrays[0] for name in instruction.operands]
             count = _dot if instruction.opcode == "dot" else _convolution

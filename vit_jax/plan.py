@@ -33,6 +33,10 @@ TOPOLOGIES = {
     "tpu7x": "tpu7x:4x4x4",
 }
 
+# Of attention's kernels, whose first operand is [batch, tokens, 3 * dim]: how many products of
+# batch · tokens² · dim multiply-adds attention's formula wants of it, and how many it does again.
+KERNEL_PRODUCTS = {"attention_forward": (2, 0), "attention_backward": (4, 1)}
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -171,7 +175,14 @@ class Compiled:
     needed: int | None = None
 
 
-def compile_step(parts: Parts, state: TrainState, batch: Mapping, mesh: Any) -> Compiled:
+def compile_step(
+    parts: Parts,
+    state: TrainState,
+    batch: Mapping,
+    mesh: Any,
+    *,
+    dumps: bundles.Dumps | None = None,
+) -> Compiled:
     """The training step for the mesh's devices, from shapes alone.
 
     Args:
@@ -179,9 +190,12 @@ def compile_step(parts: Parts, state: TrainState, batch: Mapping, mesh: Any) -> 
       state: as `train.abstract_state` answers it.
       batch: see `abstract_batch`.
       mesh: of the target's devices.
+      dumps: where given, the step's kernels are compiled for it at the same time.
     """
     start = time.time()
     lowered = make_step(parts, state, mesh).lower(state, batch)
+    if dumps is not None:
+        dumps.want(bundles.keys_of(lowered))
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -209,6 +223,7 @@ def report(
     batch_size: int,
     total_steps: int,
     price_per_chip_hour: float | None = None,
+    dumps: bundles.Dumps | None = None,
 ) -> dict[str, Any]:
     """Everything that the compiled step says, in plain numbers; None where it is not known.
 
@@ -222,7 +237,7 @@ def report(
         "fits": compiled.program is not None,
         "params": parts.num_params,
         "bytes_per_chip": memory(compiled, target, state, batch_size, parts, mesh),
-        "flops_per_step": {"formula": flops, "compiler": None},
+        "flops_per_step": {"formula": flops, "compiler": None, "recomputed": None},
         **dict.fromkeys(("cycles_per_step", "seconds_per_step_estimate", "mfu_estimate")),
         "collective_bytes": None,
         "ring_bound_bytes": None,
@@ -236,10 +251,11 @@ def report(
     result["fits"] = capacity is None or total <= capacity or target.devices[0].platform == "tpu"
     module = compiled.module
     found = hlo.collectives(module, len(target.devices))
-    result["flops_per_step"]["compiler"] = hlo.matmul_flops(module) * len(target.devices)
+    for key, value in matmul_flops(module).items():
+        result["flops_per_step"][key] = value * len(target.devices)
     result["collective_bytes"] = hlo.by_kind(found)
     result["ring_bound_bytes"] = ring_bound(state, mesh, wire_items(found))
-    kernels = _kernels(module, target)
+    kernels = _kernels(module, target, dumps)
     cycles = hlo.total_cycles(module) + sum(row["cycles"] * row["times"] for row in kernels)
     result |= _time(cycles, found, target, flops, batch_size, total_steps, price_per_chip_hour)
     result["unknown_loops"] = module.unknown_loops()
@@ -292,6 +308,34 @@ def shard_bytes(tree: Any) -> int:
         for leaf in jax.tree.leaves(tree)
         if leaf.sharding.memory_kind != "pinned_host"
     )
+
+
+def matmul_flops(module: hlo.Module) -> dict[str, int]:
+    """FLOPs of a device's matrix products in one run, those of attention's kernels by formula.
+
+    Returns:
+      'compiler': all of them, and 'recomputed': those that rematerialisation, or a kernel's
+      backward pass, does again. Without these it is the formula's 3 × forward, less the gradient of
+      the images, which nobody wants.
+    """
+    again = hlo.matmul_flops(module, is_recomputed)
+    found = {"compiler": hlo.matmul_flops(module), "recomputed": again}
+    for computation, call, times, _ in module.visits():
+        name = re.sub(r"[.\d]+$", "", call.name)
+        if call.opcode != "custom-call" or name not in KERNEL_PRODUCTS:
+            continue
+        needed, repeated = KERNEL_PRODUCTS[name]
+        qkv = module.defined[computation][call.operands[0]].arrays[0]
+        batch, tokens, width = qkv.sides
+        one = round(times * 2 * batch * tokens**2 * width // 3)
+        found["compiler"] += (needed + repeated) * one
+        found["recomputed"] += (needed * is_recomputed(call) + repeated) * one
+    return found
+
+
+def is_recomputed(instruction: hlo.Instruction) -> bool:
+    """Whether it does again what the forward pass did, by the name that `jax.checkpoint` gives."""
+    return "rematted_computation" in instruction.op_name
 
 
 def pass_of(instruction: hlo.Instruction) -> str:
@@ -399,9 +443,17 @@ def exposed_communication(found: Sequence[hlo.Collective], target: Target) -> li
     return sorted(rows, key=lambda row: -row["exposed_seconds"])
 
 
-def _kernels(module: hlo.Module, target: Target) -> list[dict[str, Any]]:
+def dumps_for(target: Target) -> bundles.Dumps | None:
+    """What compiles kernels for a topology; None for the machine's own devices."""
+    named = target.name.partition(":")[0] in TOPOLOGIES
+    return bundles.Dumps(target.name) if named else None
+
+
+def _kernels(
+    module: hlo.Module, target: Target, dumps: bundles.Dumps | None
+) -> list[dict[str, Any]]:
     """Pallas kernels, whose cycles the compiler does not count: by their own bundles."""
-    if target.devices[0].platform != "tpu" or target.chip is None:
+    if dumps is None or target.chip is None:
         return []
-    found = bundles.kernels(module, target.chip, target.name)
+    found = bundles.kernels(module, target.chip, dumps)
     return [{"name": each.name, "times": each.times, "cycles": each.cycles} for each in found]

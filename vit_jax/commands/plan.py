@@ -20,6 +20,9 @@ Without --topology it plans for this machine's own devices. Exit code 2: it does
 
 EXIT_DOES_NOT_FIT = 2
 
+POLICIES = ("none", "dots", "full")
+"""Of rematerialisation, the fastest first."""
+
 
 def main(argv: list[str]) -> int:
     """Runs `vit-jax plan`; answers the exit code."""
@@ -72,6 +75,7 @@ class _Planner:
             except ImportError as error:
                 print(f"{error}; planning for this machine's own devices", file=sys.stderr)
         self.target = self.target or plan.own_devices()
+        self.dumps = plan.dumps_for(self.target)
 
     def plan(self, config: ConfigDict) -> dict[str, Any]:
         """The report of one config, as --json prints it.
@@ -92,16 +96,15 @@ class _Planner:
         if self.values.show_sharding:
             print(_layout(sharding.layout(state)), file=sys.stderr if self.values.json else None)
         batch = plan.abstract_batch(config.batch_size, parts.image_size, mesh)
-        compiled = plan.compile_step(parts, state, batch, mesh)
+        compiled = plan.compile_step(parts, state, batch, mesh, dumps=self.dumps)
         if self.values.dump_hlo and compiled.program is not None:
             folder = epath.Path(self.values.dump_hlo)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "train_step.txt").write_text(compiled.program.as_text())
         price = self.values.price_per_chip_hour
         steps = {"batch_size": config.batch_size, "total_steps": config.total_steps}
-        result = plan.report(
-            compiled, self.target, parts, state, mesh, price_per_chip_hour=price, **steps
-        )
+        options = {"price_per_chip_hour": price, "dumps": self.dumps, **steps}
+        result = plan.report(compiled, self.target, parts, state, mesh, **options)
         head = {
             "config": _name(self.values, config),
             "topology": self.target.name,
@@ -140,16 +143,16 @@ def _changed(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
 
 def _remedies(config: ConfigDict) -> Iterator[dict[str, Any]]:
     """Overrides that need less and less memory, the cheapest in time first."""
-    policies = ("none", "dots", "full")
-    now = config.model.get("remat", "none")
-    later = policies[policies.index(now) + 1 :] if now in policies else ()
+    now = config.model.get("remat")  # None: a recipe without it takes no such flag
+    later = POLICIES[POLICIES.index(now) + 1 :] if now in POLICIES else ()
     fsdp = {"mesh.fsdp": -1, "mesh.data": 1}
     for mesh in ({}, fsdp) if config.mesh.get("fsdp", 1) == 1 else ({},):
         if mesh:
             yield mesh
         for policy in later:
             yield mesh | {"model.remat": policy}
-    last = (fsdp if config.mesh.get("fsdp", 1) == 1 else {}) | {"model.remat": "full"}
+    last = fsdp if config.mesh.get("fsdp", 1) == 1 else {}
+    last |= {"model.remat": "full"} if now else {}
     for count in (2, 4, 8):
         yield last | {"train.accumulate": count}
 
@@ -174,7 +177,7 @@ def _search(planner: _Planner, config: ConfigDict, *, as_json: bool) -> int:
     """Tries what could be faster or smaller; prints all of it, the fastest that fits first."""
     tried = []
     for mesh in _meshes(planner, config):
-        for overrides in ({}, *_recomputing(config)):
+        for overrides in _recomputing(config):
             overrides = mesh | overrides
             try:
                 result = planner.plan(_changed(config, overrides))
@@ -208,11 +211,14 @@ def _meshes(planner: _Planner, config: ConfigDict) -> list[dict[str, Any]]:
 
 
 def _recomputing(config: ConfigDict) -> Iterator[dict[str, Any]]:
-    for policy in ("none", "dots", "full"):
-        if policy != config.model.get("remat", "none"):
-            yield {"model.remat": policy}
+    """Overrides that recompute more and more; as given alone where there is no such choice."""
+    now = config.model.get("remat")
+    if now not in POLICIES:
+        yield {}
+    policies = [{"model.remat": policy} for policy in POLICIES] if now else []
+    yield from policies
     for count in (2, 4):
-        yield {"model.remat": "full", "train.accumulate": count}
+        yield (policies[-1] if policies else {}) | {"train.accumulate": count}
 
 
 def _reason(result: dict[str, Any]) -> str:
@@ -258,7 +264,8 @@ def _speed_rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     flops = result["flops_per_step"]
     yield "FLOPs a step", f"{flops['formula']:.4g} by formula"
     if flops["compiler"]:
-        yield "", f"{flops['compiler']:.4g} in the compiled program's matrix products"
+        again = f", {flops['recomputed']:.4g} of them done again" if flops["recomputed"] else ""
+        yield "", f"{flops['compiler']:.4g} in the compiled program's matrix products{again}"
     if result["cycles_per_step"] is None:
         return
     seconds = result["seconds_per_step_estimate"]

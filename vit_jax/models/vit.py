@@ -1,7 +1,7 @@
 """The Vision Transformer (Dosovitskiy et al. 2021, arXiv:2010.11929)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -155,10 +155,16 @@ class VisionTransformer(nnx.Module):
         }
         make_block = ParallelBlock if parallel else Block
         keys = jax.random.split(rngs.params(), depth)
-        blocks = [
-            make_block(dim, num_heads, mlp_dim, **options, rngs=nnx.Rngs(key)) for key in keys
-        ]
-        self.blocks = _stack(blocks) if scan else nnx.List(blocks)
+
+        def make(key):
+            return make_block(dim, num_heads, mlp_dim, **options, rngs=nnx.Rngs(key))
+
+        layers = _draw(make, keys)
+        if scan:  # one block whose parameters have a leading axis: the layer
+            layers = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)]
+        graphdef = nnx.graphdef(nnx.eval_shape(make, keys[0]))
+        blocks = [nnx.merge(graphdef, layer) for layer in layers]
+        self.blocks = blocks[0] if scan else nnx.List(blocks)
         self.norm = make_norm(dim, norm=norm, eps=norm_eps, rngs=rngs) if final_norm else None
 
     def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
@@ -509,8 +515,12 @@ def _noise(rngs: nnx.Rngs, rows: int, dim: int) -> jax.Array:
     return 0.02 * jax.random.normal(rngs.params(), (rows, dim))
 
 
-def _stack(blocks: list[Block]) -> Block:
-    """One block whose parameters have a leading axis: the layer."""
-    graphdef = nnx.graphdef(blocks[0])
-    states = [nnx.to_pure_dict(nnx.state(block)) for block in blocks]
-    return nnx.merge(graphdef, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+def _draw(make: Callable[[jax.Array], Block], keys: jax.Array) -> list[dict]:
+    """The parameters of a block for each key."""
+
+    def draw(key):
+        return nnx.to_pure_dict(nnx.state(make(key)))
+
+    if isinstance(keys, jax.core.Tracer):  # traced but once: NNX takes the square of a trace's
+        draw = jax.jit(draw)  # length, which is half a minute for 48 blocks
+    return [draw(key) for key in keys]
