@@ -1,6 +1,7 @@
 """Who owns a workdir: one job at a time, whichever hosts its processes are on."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -16,6 +17,7 @@ from etils import epath
 
 HEARTBEAT = 10.0  # seconds between two signs of life
 PATIENCE = 45.0  # seconds without one after which an owner on another host is taken for dead
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what a file system without them says
 
 
 class WorkdirLease:
@@ -23,7 +25,8 @@ class WorkdirLease:
 
     On one host the kernel's lock on `.lock` says at once whether an owner lives. Across hosts it is
     `.lease`, which the owner writes anew every few seconds; no clock is compared, only whether the
-    file changes. An owner that finds another's lease, or none, ends at once.
+    file changes. (A network's file system may keep the lock of a host that died, or have no locks.)
+    An owner that finds another's lease, or none, ends at once.
 
     Args:
       workdir: an existing folder, perhaps remote (then only the lease works).
@@ -36,15 +39,14 @@ class WorkdirLease:
     def __init__(
         self, workdir: epath.Path, *, heartbeat: float = HEARTBEAT, patience: float = PATIENCE
     ):
-        self._path, self._lock = workdir / ".lease", None
+        self._path, self._lock, taken = workdir / ".lease", None, False
         self._me = {"host": _host(), "process": os.getpid(), "job": uuid.uuid4().hex, "beat": 0}
         self._heartbeat, self._done = heartbeat, threading.Event()
         if "://" not in str(workdir):
-            self._lock = _lock(pathlib.Path(workdir) / ".lock")
-        local = self._lock is not None or "://" in str(workdir)
+            self._lock, taken = _lock(pathlib.Path(workdir) / ".lock")
         owner = _read(self._path)
         try:
-            if not local:
+            if taken and (owner is None or owner["host"] == self._me["host"]):
                 raise ValueError(self._refusal(workdir, owner))
             self._replace(workdir, owner, patience)
         except ValueError:
@@ -124,15 +126,19 @@ class WorkdirLease:
             self._lock.close()
 
 
-def _lock(path: pathlib.Path) -> Any:
-    """The open file with the kernel's lock on it, or None if another process has it."""
+def _lock(path: pathlib.Path) -> tuple[Any, bool]:
+    """The open file with the kernel's lock on it, or None; and whether another process has it."""
     file = open(path, "a+")  # noqa: SIM115 (held for long)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         file.close()
-        return None
-    return file
+        if error.errno in NO_LOCKS:
+            return None, False
+        if isinstance(error, BlockingIOError):
+            return None, True
+        raise
+    return file, False
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
