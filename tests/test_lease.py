@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from tests.runs import call, ending, save_recipe, short
-from vit_jax.lease import HEARTBEAT, PATIENCE, WorkdirLease
+from vit_jax.lease import HEARTBEAT, PATIENCE, WorkdirLease, check_shared
 
 OWNER = """
 import sys, time
@@ -128,6 +128,17 @@ def test_without_locks_the_lease_tells(tmp_path, monkeypatch, capsys, number):
     lease.release()
     WorkdirLease(workdir, patience=5).release()
     assert capsys.readouterr().out.count("waiting 5 s for a sign of life") == 1
+
+
+def test_who_sees_another_folder_is_told(tmp_path):
+    (tmp_path / "mine").mkdir()
+    lease = WorkdirLease(epath.Path(tmp_path))
+    check_shared(epath.Path(tmp_path), lease.job)
+    with pytest.raises(ValueError, match="mine is not the folder that process 0 writes to"):
+        check_shared(epath.Path(tmp_path) / "mine", lease.job, sight=0.3)
+    with pytest.raises(ValueError, match="give all of them one that they share"):
+        check_shared(epath.Path(tmp_path), "an earlier job", sight=0.3)
+    lease.release()
 
 
 def test_deleting_the_lease_takes_over(tmp_path, owner):

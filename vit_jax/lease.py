@@ -17,6 +17,7 @@ from etils import epath
 
 HEARTBEAT = 10.0  # seconds between two signs of life
 PATIENCE = 45.0  # seconds without one after which an owner on another host is taken for dead
+SIGHT = 30.0  # seconds after which the other processes must see the lease
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what a file system without them says
 
 
@@ -32,6 +33,9 @@ class WorkdirLease:
       workdir: an existing folder, perhaps remote (then only the lease works).
       heartbeat, patience: see above.
 
+    Attributes:
+      job: a name that no other owner has.
+
     Raises:
       ValueError: a living job owns it; says which, and how to take over.
     """
@@ -40,7 +44,8 @@ class WorkdirLease:
         self, workdir: epath.Path, *, heartbeat: float = HEARTBEAT, patience: float = PATIENCE
     ):
         self._path, self._lock, taken = workdir / ".lease", None, False
-        self._me = {"host": _host(), "process": os.getpid(), "job": uuid.uuid4().hex, "beat": 0}
+        self.job = uuid.uuid4().hex
+        self._me = {"host": _host(), "process": os.getpid(), "job": self.job, "beat": 0}
         self._heartbeat, self._done = heartbeat, threading.Event()
         if "://" not in str(workdir):
             self._lock, taken = _lock(pathlib.Path(workdir) / ".lock")
@@ -92,7 +97,7 @@ class WorkdirLease:
         while not self._done.wait(self._heartbeat):
             try:
                 owner = _read(self._path)
-                if owner is not None and owner["job"] == self._me["job"]:
+                if owner is not None and owner["job"] == self.job:
                     self._write()
                     continue
             except OSError:  # a storage that fails for a moment takes nothing away
@@ -117,13 +122,31 @@ class WorkdirLease:
         self._done.set()
         self._thread.join()
         owner = _read(self._path)
-        if owner is not None and owner["job"] == self._me["job"]:
+        if owner is not None and owner["job"] == self.job:
             self._path.unlink(missing_ok=True)
         self._unlock()
 
     def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
+
+
+def check_shared(workdir: epath.Path, job: str, *, sight: float = SIGHT) -> None:
+    """Raises ValueError unless this process sees the lease of `job`: its share would be lost.
+
+    Args:
+      workdir: as this process has it.
+      job: of the process that owns it.
+      sight: seconds that a network's file system may take to show it.
+    """
+    end = time.monotonic() + sight
+    while (owner := _read(workdir / ".lease")) is None or owner["job"] != job:
+        if time.monotonic() > end:
+            raise ValueError(
+                f"workdir {workdir} is not the folder that process 0 writes to; give all of them "
+                "one that they share, on a network's disk or in a bucket."
+            )
+        time.sleep(0.2)
 
 
 def _lock(path: pathlib.Path) -> tuple[Any, bool]:
