@@ -401,8 +401,11 @@ ReturnToService=2
 KillWait=60
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=1,sched_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName={host} CPUs={cpus} State=UNKNOWN
-PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes={host} Default=YES PriorityTier=1 GraceTime=60 MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes={host} PriorityTier=9 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 
 
@@ -486,7 +489,8 @@ def test_slurm_preempts_requeues_and_finishes(slurm, data_dir, tmp_path, monkeyp
         tmp_path / "run",
         tmp_path / "log",
     )
-    flags = [f"--output={log}", "--max_restarts=2", "--", f"--config={recipe}"]
+    flags = ["--processes_per_node=2", f"--output={log}", "--max_restarts=2"]
+    flags += ["--", f"--config={recipe}"]
     assert cli.main(["launch", "slurm", *flags, f"--workdir={workdir}"]) == 0
 
     def says(words: str) -> None:
@@ -495,7 +499,8 @@ def test_slurm_preempts_requeues_and_finishes(slurm, data_dir, tmp_path, monkeyp
 
     says("step  10/150")
     (number,) = _output("squeue", "-h", "-o", "%i").split()
-    subprocess.run(["scancel", "--signal=TERM", number], check=True)  # what a preemption sends
+    all_cpus = f"--ntasks={os.cpu_count()}"
+    subprocess.run(["sbatch", "--partition=urgent", all_cpus, "--wrap=true"], check=True)
     says("stopped by signal 15")
     says("exit code 75: back into the queue")
     says("resuming at step")
