@@ -112,7 +112,8 @@ def train(recipe, workdir, devices, *flags):
         f"--config={recipe}",
         f"--workdir={workdir}",
         *flags,
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0",
     )
 
 
