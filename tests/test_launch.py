@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import socket
 import stat
@@ -147,6 +148,58 @@ def test_a_jobset_asks_for_the_slices(topology, slices, hosts, chips, accelerato
     (container,) = pod["containers"]
     assert container["command"] == ["vit-jax", *TRAIN, "--platform=tpu"]
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
+    # A container has 64 MiB of shared memory, a batch of the loader's workers more.
+    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+    assert mount["mountPath"] == "/dev/shm" and mount["name"] == volume["name"]
+    assert volume["emptyDir"] == {"medium": "Memory"}
+
+
+def by_xpk(text: str) -> list[str]:
+    """The command of XPK that a manifest names."""
+    return shlex.split(re.search("^#   (xpk .*)$", text, re.MULTILINE)[1])
+
+
+def test_a_manifest_says_how_xpk_makes_it():
+    text = jobset([TRAIN], image="x/y:1", topology="v5e:4x4", num_slices=2, grace=60)
+    flags = dict(flag.split("=", 1) for flag in by_xpk(text)[3:])
+    assert flags.pop("--command") == f"{launch_lib.shell(TRAIN)} --platform=tpu"
+    assert flags == {
+        "--cluster": "my-cluster",
+        "--workload": "vit-jax",
+        "--docker-image": "x/y:1",
+        "--tpu-type": "v5litepod-4x4",
+        "--num-slices": "2",
+        "--max-restarts": "10",
+        "--restart-on-exit-codes": "75",
+        "--termination-grace-period-seconds": "60",
+    }
+
+
+@pytest.mark.skipif(not shutil.which("xpk"), reason="needs XPK (pip install xpk)")
+@pytest.mark.parametrize("topology, slices", [("v5e:16x16", 4), ("v5p:4x4x8", 2), ("v6e:1x1", 1)])
+def test_xpk_makes_the_same_manifest(tmp_path, topology, slices):
+    text = jobset([TRAIN], image="x/y:1", topology=topology, num_slices=slices)
+    dry = ["--dry-run", "--skip-validation", "--quiet", "--project=p", "--zone=us-east1-b"]
+    dry.append(f"--output-manifest-file={tmp_path / 'made.yaml'}")
+    environment = dict(os.environ, HOME=str(tmp_path))
+    subprocess.run([*by_xpk(text), *dry], env=environment, check=True, capture_output=True)
+    ours, theirs = yaml.safe_load(text), yaml.safe_load((tmp_path / "made.yaml").read_text())
+    assert ours["metadata"] == theirs["metadata"]
+    assert ours["spec"]["failurePolicy"]["maxRestarts"] == 10
+    (ours,), (theirs,) = (made["spec"]["replicatedJobs"] for made in (ours, theirs))
+    assert ours["replicas"] == theirs["replicas"] == slices
+    ours, theirs = (made["template"]["spec"] for made in (ours, theirs))
+    for key in ("parallelism", "completions", "backoffLimit"):
+        assert ours[key] == theirs[key]
+    codes = theirs["podFailurePolicy"]["rules"][0]["onExitCodes"]
+    assert codes["operator"] == "NotIn" and {75, 134, 137} < set(codes["values"])
+    assert not {1, 2} & set(codes["values"])
+    ours, theirs = (made["template"]["spec"] for made in (ours, theirs))
+    for key in ("nodeSelector", "restartPolicy", "terminationGracePeriodSeconds"):
+        assert ours[key] == theirs[key]
+    (ours,), (theirs,) = ours["containers"], theirs["containers"]
+    assert ours["resources"] == theirs["resources"] and ours["image"] == theirs["image"]
+    assert f"({launch_lib.shell(ours['command'][1:])}) & PID" in theirs["command"][-1]
 
 
 def test_a_wrong_manifest_is_seen():
@@ -175,7 +228,7 @@ def test_a_jobset_fits_its_config(capfd):
     for more, words in (
         (
             "--config.mesh.data=3",
-            "data=3.* does not multiply to the 16 chips of 1 × v5e:4x4",
+            "data=3.* does not multiply to the 16 devices of 1 × v5e:4x4",
         ),
         ("--config.batch_size=1000", "batch_size=1000 must be a multiple of 16.*; try 992"),
         ("--config.mesh.fspd=2", "fspd"),
@@ -187,9 +240,20 @@ def test_a_jobset_fits_its_config(capfd):
     assert "mesh.replica must be a multiple of --num_slices=2" in capfd.readouterr().err
 
 
+def test_a_chip_of_two_devices_is_counted_twice(capfd):
+    flags = ["--image=x", "--dry_run", "--topology=tpu7x:4x4x4", "--", "--config=vit_s16_i1k"]
+    for data, code in ((128, 0), (64, 1)):
+        assert (
+            cli.main(["launch", "gke", *flags, "--workdir=w", f"--config.mesh.data={data}"]) == code
+        )
+    assert "does not multiply to the 128 devices of 1 × tpu7x:4x4x4" in capfd.readouterr().err
+
+
 def test_an_array_is_a_jobset_each():
     made = list(yaml.safe_load_all(jobset(SWEEP, image="x", topology="v5e:2x2", name="s")))
     assert [each["metadata"]["name"] for each in made] == ["s-0", "s-1", "s-2"]
+    with pytest.raises(ValueError, match="with an array's number at most 40"):
+        jobset(SWEEP, image="x", topology="v5e:2x2", name="s" * 39)
 
 
 # TPU VMs
@@ -229,7 +293,8 @@ def test_tpu_vm_runs_gcloud_and_gives_the_tpu_back(tmp_path, monkeypatch, capfd)
     assert len(calls) == len(expected)
     for call, words in zip(calls, expected, strict=True):
         assert call.startswith(words)
-    assert f"{run} '--workdir=runs/a b' --platform=tpu" in calls[4]
+    # Behind the last command a shell stays: ssh has no exit code of what a signal killed.
+    assert calls[4].endswith(f"{run} '--workdir=runs/a b' --platform=tpu; exit $?")
     assert "exit code 75 of attempt 0" in capfd.readouterr().out
     assert cli.main(["launch", "tpu-vm", "--dry_run", *flags, "--", *TRAIN[1:]]) == 0
     assert expected[0] in capfd.readouterr().out
@@ -336,8 +401,11 @@ ReturnToService=2
 KillWait=60
 MinJobAge=3600
 SchedulerParameters=batch_sched_delay=1,sched_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName={host} CPUs={cpus} State=UNKNOWN
-PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes={host} Default=YES PriorityTier=1 GraceTime=60 MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes={host} PriorityTier=9 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 
 
@@ -421,7 +489,8 @@ def test_slurm_preempts_requeues_and_finishes(slurm, data_dir, tmp_path, monkeyp
         tmp_path / "run",
         tmp_path / "log",
     )
-    flags = [f"--output={log}", "--max_restarts=2", "--", f"--config={recipe}"]
+    flags = ["--processes_per_node=2", f"--output={log}", "--max_restarts=2"]
+    flags += ["--", f"--config={recipe}"]
     assert cli.main(["launch", "slurm", *flags, f"--workdir={workdir}"]) == 0
 
     def says(words: str) -> None:
@@ -430,7 +499,8 @@ def test_slurm_preempts_requeues_and_finishes(slurm, data_dir, tmp_path, monkeyp
 
     says("step  10/150")
     (number,) = _output("squeue", "-h", "-o", "%i").split()
-    subprocess.run(["scancel", "--signal=TERM", number], check=True)  # what a preemption sends
+    all_cpus = f"--ntasks={os.cpu_count()}"
+    subprocess.run(["sbatch", "--partition=urgent", all_cpus, "--wrap=true"], check=True)
     says("stopped by signal 15")
     says("exit code 75: back into the queue")
     says("resuming at step")

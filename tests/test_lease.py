@@ -1,5 +1,6 @@
 """A workdir has one owner: a living one keeps it, a dead one is replaced."""
 
+import errno
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 from etils import epath
 
 from tests.runs import call, ending, save_recipe, short
-from vit_jax.lease import HEARTBEAT, PATIENCE, WorkdirLease
+from vit_jax.lease import HEARTBEAT, PATIENCE, WorkdirLease, check_shared
 
 OWNER = """
 import sys, time
@@ -99,6 +100,44 @@ def test_a_dead_owner_on_another_host_is_replaced_after_a_while(tmp_path, owner,
     assert owner.wait(10) == 1
     assert "taken over by another job; this one ends" in owner.stderr.read()
     assert json.loads((workdir / ".lease").read_text())["process"] == os.getpid()
+    lease.release()
+
+
+def test_a_lock_that_a_dead_host_left_behind_holds_nobody_up(tmp_path, owner, capsys):
+    """As NFS keeps it for a while: only the lease tells that nobody is there."""
+    workdir = epath.Path(tmp_path)
+    owner.send_signal(signal.SIGSTOP)
+    lease = json.loads((workdir / ".lease").read_text())
+    (workdir / ".lease").write_text(json.dumps(lease | {"host": "far/1"}))
+    WorkdirLease(workdir, patience=1).release()
+    assert "on far, which owned workdir" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_without_locks_the_lease_tells(tmp_path, monkeypatch, capsys, number):
+    """As Lustre may be mounted."""
+
+    def flock(*_):
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    workdir = epath.Path(tmp_path)
+    lease = WorkdirLease(workdir, heartbeat=0.1)
+    with pytest.raises(ValueError, match="in use by process"):
+        WorkdirLease(workdir, patience=5)
+    lease.release()
+    WorkdirLease(workdir, patience=5).release()
+    assert capsys.readouterr().out.count("waiting 5 s for a sign of life") == 1
+
+
+def test_who_sees_another_folder_is_told(tmp_path):
+    (tmp_path / "mine").mkdir()
+    lease = WorkdirLease(epath.Path(tmp_path))
+    check_shared(epath.Path(tmp_path), lease.job)
+    with pytest.raises(ValueError, match="mine is not the folder that process 0 writes to"):
+        check_shared(epath.Path(tmp_path) / "mine", lease.job, sight=0.3)
+    with pytest.raises(ValueError, match="give all of them one that they share"):
+        check_shared(epath.Path(tmp_path), "an earlier job", sight=0.3)
     lease.release()
 
 

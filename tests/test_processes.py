@@ -112,7 +112,8 @@ def train(recipe, workdir, devices, *flags):
         f"--config={recipe}",
         f"--workdir={workdir}",
         *flags,
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0",
     )
 
 
@@ -320,6 +321,7 @@ def pair(*flags_of_each, folders=(None, None), **environment_of_second):
         ),
         ("--config.data.data_dir=/nowhere", {}, r"process 1 .*no dataset 'digits'|config"),
         ("--platform=gpu", {}, r"process 1 \(.*\) has platform asked for \"gpu\""),
+        ("--workdir=elsewhere", {}, r"process 1 \(.*\): workdir elsewhere is not the folder that"),
     ],
 )
 def test_who_differs_is_said_in_one_line_and_all_end(
@@ -327,7 +329,8 @@ def test_who_differs_is_said_in_one_line_and_all_end(
 ):
     flags = [f"--config={uneven}", f"--workdir={tmp_path / 'run'}", "--num_processes=2"]
     flags += [f"--coordinator=localhost:{free_port}", "--start_timeout=120"]
-    codes, told = pair(flags, [*flags, flag] if flag else flags, **environment)
+    folders = (None, tmp_path)
+    codes, told = pair(flags, [*flags, flag] if flag else flags, folders=folders, **environment)
     assert_said_by_the_first(codes, told, words)
     assert not (tmp_path / "run" / "config.json").exists()
 

@@ -8,10 +8,18 @@ import time
 
 import jax
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
 
 from tests.recipes import tiny
 from tests.runs import save_recipe
-from vit_jax.runtime import Preempted, Processes, StopSignal, start_devices, start_processes
+from vit_jax.runtime import (
+    Preempted,
+    Processes,
+    StopSignal,
+    start_devices,
+    start_processes,
+    who_am_i,
+)
 
 
 @pytest.fixture
@@ -135,6 +143,17 @@ def test_a_job_that_cannot_start_says_why(flags, error, words):
     with pytest.raises(error, match=words) as caught:
         start_processes(**flags, start_timeout=0.4)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pod_of_several_slices_knows_who_it_is(monkeypatch):
+    """By the variables that GKE sets in the pods of a JobSet."""
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    pod = {"TPU_WORKER_HOSTNAMES": "vit-slice-1-0.vit,vit-slice-1-1.vit", "TPU_WORKER_ID": "1"}
+    slices = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
+    slices["MEGASCALE_COORDINATOR_ADDRESS"] = "vit-slice-0-0.vit"
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", **pod, **slices}.items():
+        monkeypatch.setenv(name, value)
+    assert who_am_i(None, None, None) == (3, 4)
 
 
 def test_a_platform_that_is_not_there_is_no_cpu():

@@ -25,20 +25,31 @@ if not FILES.exists():  # in a checkout they lie beside the package
 
 
 class Tpu(NamedTuple):
-    """A generation: GKE's name, sides of a slice, chips of a host (the usual number first)."""
+    """A generation of TPUs.
+
+    Attributes:
+      accelerator: GKE's name of it.
+      xpk: XPK's.
+      sides: of a slice.
+      chips_per_host: the usual number first.
+      devices_per_chip: 2 where JAX takes each core for a device.
+    """
 
     accelerator: str
+    xpk: str
     sides: int
     chips_per_host: tuple[int, ...]
+    devices_per_chip: int = 1
 
 
-# cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus; a slice of one host may have fewer.
+# cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus and cloud.google.com/tpu/docs/tpu7x; a
+# slice of one host may have fewer chips.
 TPUS = {
-    "v4": Tpu("tpu-v4-podslice", 3, (4,)),
-    "v5e": Tpu("tpu-v5-lite-podslice", 2, (4, 8, 1)),
-    "v5p": Tpu("tpu-v5p-slice", 3, (4,)),
-    "v6e": Tpu("tpu-v6e-slice", 2, (4, 8, 1)),
-    "tpu7x": Tpu("tpu7x", 3, (4,)),
+    "v4": Tpu("tpu-v4-podslice", "v4", 3, (4,)),
+    "v5e": Tpu("tpu-v5-lite-podslice", "v5litepod", 2, (4, 8, 1)),
+    "v5p": Tpu("tpu-v5p-slice", "v5p", 3, (4,)),
+    "v6e": Tpu("tpu-v6e-slice", "v6e", 2, (4, 8, 1)),
+    "tpu7x": Tpu("tpu7x", "tpu7x", 3, (4,), 2),
 }
 
 
@@ -313,32 +324,56 @@ def jobset(
         )
     if num_slices < 1:
         raise ValueError(f"--num_slices={num_slices} must be at least 1.")
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", name):
-        raise ValueError(f"--name={name} must be lower-case letters, digits and -, at most 40.")
     _check_commands(commands)
+    names = [f"{name}-{number}" for number in range(len(commands))] if commands[1:] else [name]
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", names[-1]):
+        raise ValueError(
+            f"--name={name} must be lower-case letters, digits and -, with an array's number at "
+            "most 40."
+        )
     alone = next((each[0] for each in commands if each[0] != "train"), "")
     if alone and chips // per_host * num_slices > 1:
         raise ValueError(
             f"{alone} runs on one host, --topology={topology} has {chips // per_host}, slices "
             f"{num_slices}; take the topology of one host, and --array=N for more workers."
         )
-    return "---\n".join(
-        render(
-            "jobset.yaml",
-            name=name if len(commands) == 1 else f"{name}-{number}",
-            queue=queue,
-            max_restarts=max_restarts,
-            num_slices=num_slices,
-            hosts_per_slice=chips // per_host,
-            grace=grace,
-            accelerator=tpu.accelerator,
-            topology="x".join(map(str, shape)),
-            image=json.dumps(image),
-            command=json.dumps(["vit-jax", *_with_platform(command)]),
-            chips_per_host=per_host,
+    manifests, sides = [], "x".join(map(str, shape))
+    for each, command in zip(names, map(_with_platform, commands), strict=True):
+        values = {"name": each, "num_slices": num_slices, "max_restarts": max_restarts}
+        manifests.append(
+            render(
+                "jobset.yaml",
+                **values,
+                grace=grace,
+                queue=queue,
+                hosts_per_slice=chips // per_host,
+                accelerator=tpu.accelerator,
+                topology=sides,
+                image=json.dumps(image),
+                command=json.dumps(["vit-jax", *command]),
+                chips_per_host=per_host,
+                xpk=_xpk(command, image, f"{tpu.xpk}-{sides}", grace, **values),
+            )
         )
-        for number, command in enumerate(commands)
-    )
+    return "---\n".join(manifests)
+
+
+def _xpk(
+    command: Sequence[str],
+    image: str,
+    tpu_type: str,
+    grace: int,
+    *,
+    name: str,
+    num_slices: int,
+    max_restarts: int,
+) -> str:
+    """The command by which XPK makes such a manifest itself; it restarts after 127 to 255."""
+    line = ["xpk", "workload", "create", "--cluster=my-cluster", f"--workload={name}"]
+    line += [f"--docker-image={image}", f"--tpu-type={tpu_type}", f"--num-slices={num_slices}"]
+    line += [f"--max-restarts={max_restarts}", f"--restart-on-exit-codes={EXIT_PREEMPTED}"]
+    line += [f"--termination-grace-period-seconds={grace}", f"--command={shell(command)}"]
+    return shlex.join(line)
 
 
 def parse_topology(topology: str) -> tuple[Tpu, tuple[int, ...]]:
@@ -392,6 +427,7 @@ def tpu_vm_script(
     place = f"--zone={zone}" + (f" --project={shlex.quote(project)}" if project else "")
     remove = f"gcloud compute tpus queued-resources delete {name} {place} --force --quiet"
     run = " && ".join(shell(_with_platform(command)) for command in commands)
+    run += "; exit $?"  # so that a shell is there to say 137: ssh answers 255 for a killed command
     return render(
         "tpu_vm.sh",
         name=name,

@@ -1,6 +1,7 @@
 """Who owns a workdir: one job at a time, whichever hosts its processes are on."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -16,6 +17,8 @@ from etils import epath
 
 HEARTBEAT = 10.0  # seconds between two signs of life
 PATIENCE = 45.0  # seconds without one after which an owner on another host is taken for dead
+SIGHT = 30.0  # seconds after which the other processes must see the lease
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # what a file system without them says
 
 
 class WorkdirLease:
@@ -23,11 +26,15 @@ class WorkdirLease:
 
     On one host the kernel's lock on `.lock` says at once whether an owner lives. Across hosts it is
     `.lease`, which the owner writes anew every few seconds; no clock is compared, only whether the
-    file changes. An owner that finds another's lease, or none, ends at once.
+    file changes. (A network's file system may keep the lock of a host that died, or have no locks.)
+    An owner that finds another's lease, or none, ends at once.
 
     Args:
       workdir: an existing folder, perhaps remote (then only the lease works).
       heartbeat, patience: see above.
+
+    Attributes:
+      job: a name that no other owner has.
 
     Raises:
       ValueError: a living job owns it; says which, and how to take over.
@@ -36,15 +43,15 @@ class WorkdirLease:
     def __init__(
         self, workdir: epath.Path, *, heartbeat: float = HEARTBEAT, patience: float = PATIENCE
     ):
-        self._path, self._lock = workdir / ".lease", None
-        self._me = {"host": _host(), "process": os.getpid(), "job": uuid.uuid4().hex, "beat": 0}
+        self._path, self._lock, taken = workdir / ".lease", None, False
+        self.job = uuid.uuid4().hex
+        self._me = {"host": _host(), "process": os.getpid(), "job": self.job, "beat": 0}
         self._heartbeat, self._done = heartbeat, threading.Event()
         if "://" not in str(workdir):
-            self._lock = _lock(pathlib.Path(workdir) / ".lock")
-        local = self._lock is not None or "://" in str(workdir)
+            self._lock, taken = _lock(pathlib.Path(workdir) / ".lock")
         owner = _read(self._path)
         try:
-            if not local:
+            if taken and (owner is None or owner["host"] == self._me["host"]):
                 raise ValueError(self._refusal(workdir, owner))
             self._replace(workdir, owner, patience)
         except ValueError:
@@ -90,7 +97,7 @@ class WorkdirLease:
         while not self._done.wait(self._heartbeat):
             try:
                 owner = _read(self._path)
-                if owner is not None and owner["job"] == self._me["job"]:
+                if owner is not None and owner["job"] == self.job:
                     self._write()
                     continue
             except OSError:  # a storage that fails for a moment takes nothing away
@@ -115,7 +122,7 @@ class WorkdirLease:
         self._done.set()
         self._thread.join()
         owner = _read(self._path)
-        if owner is not None and owner["job"] == self._me["job"]:
+        if owner is not None and owner["job"] == self.job:
             self._path.unlink(missing_ok=True)
         self._unlock()
 
@@ -124,15 +131,37 @@ class WorkdirLease:
             self._lock.close()
 
 
-def _lock(path: pathlib.Path) -> Any:
-    """The open file with the kernel's lock on it, or None if another process has it."""
+def check_shared(workdir: epath.Path, job: str, *, sight: float = SIGHT) -> None:
+    """Raises ValueError unless this process sees the lease of `job`: its share would be lost.
+
+    Args:
+      workdir: as this process has it.
+      job: of the process that owns it.
+      sight: seconds that a network's file system may take to show it.
+    """
+    end = time.monotonic() + sight
+    while (owner := _read(workdir / ".lease")) is None or owner["job"] != job:
+        if time.monotonic() > end:
+            raise ValueError(
+                f"workdir {workdir} is not the folder that process 0 writes to; give all of them "
+                "one that they share, on a network's disk or in a bucket."
+            )
+        time.sleep(0.2)
+
+
+def _lock(path: pathlib.Path) -> tuple[Any, bool]:
+    """The open file with the kernel's lock on it, or None; and whether another process has it."""
     file = open(path, "a+")  # noqa: SIM115 (held for long)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         file.close()
-        return None
-    return file
+        if error.errno in NO_LOCKS:
+            return None, False
+        if isinstance(error, BlockingIOError):
+            return None, True
+        raise
+    return file, False
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:

@@ -157,13 +157,14 @@ def _check_config(command: list[str], topology: str, num_slices: int) -> None:
     if command[0] != "train":
         return
     _, config = parse_with_config(command[1:], train.define_flags, usage=train.USAGE)
-    chips = num_slices * math.prod(parse_topology(topology)[1])
+    tpu, sides = parse_topology(topology)
+    devices = num_slices * math.prod(sides) * tpu.devices_per_chip
     mesh = {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1} | config.mesh.to_dict()
     known = math.prod(size for size in mesh.values() if size != -1)
-    sizes = {axis: chips // known if size == -1 else size for axis, size in mesh.items()}
-    parts = chips // sizes["tensor"]
-    where = f"{chips} chips of {num_slices} × {topology}"
-    if math.prod(sizes.values()) != chips:
+    sizes = {axis: devices // known if size == -1 else size for axis, size in mesh.items()}
+    parts = devices // sizes["tensor"]
+    where = f"{devices} devices of {num_slices} × {topology}"
+    if math.prod(sizes.values()) != devices:
         given = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
         raise ValueError(f"mesh {given} does not multiply to the {where}; use -1 for one axis.")
     if sizes["replica"] % num_slices:

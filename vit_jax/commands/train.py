@@ -13,7 +13,7 @@ from vit_jax.commands.config_flag import parse_with_config
 from vit_jax.config import digest
 from vit_jax.data.prepare import prepare_if_digits
 from vit_jax.exit_codes import EXIT_PREEMPTED
-from vit_jax.lease import PATIENCE, WorkdirLease
+from vit_jax.lease import PATIENCE, SIGHT, WorkdirLease, check_shared
 from vit_jax.metrics import Stopwatch, duration
 from vit_jax.watchdog import Watchdog
 
@@ -92,11 +92,14 @@ def _train(
         prepare_if_digits(config.data.get("name", ""), data_dir=config.data.data_dir)
         _make_folder(workdir)
     lease, hang_timeout = None, values.hang_timeout
-    limit = hang_timeout and hang_timeout + PATIENCE
-    waiting = watchdog.within(limit, phase="waiting for the workdir")
-    with waiting, processes.together("the workdir", extra=PATIENCE):
-        lease = WorkdirLease(workdir) if processes.is_first else None
+    limit = hang_timeout and hang_timeout + PATIENCE + SIGHT
     try:
+        with watchdog.within(limit, phase="waiting for the workdir"):
+            with processes.together("the workdir", extra=PATIENCE):
+                lease = WorkdirLease(workdir) if processes.is_first else None
+            job = processes.gather("the workdir", lease and lease.job)[0]
+            with processes.together("the workdir", extra=SIGHT):
+                check_shared(workdir, job)
         trainer = Trainer(
             config, workdir, clock=clock, stop=stop, processes=processes, watchdog=watchdog
         )
