@@ -9,6 +9,7 @@ import pytest
 main = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "benchmarks" / "gpu_step.py"))["main"]
 
 
+@pytest.mark.slow
 def test_a_tiny_case_runs_through(capsys):
     main(["S", "--tiny", "--images=2", "--steps=1", "--rounds=1"])
     result = json.loads(capsys.readouterr().out)
