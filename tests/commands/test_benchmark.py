@@ -43,8 +43,8 @@ def test_the_slower_one_is_the_bottleneck():
 
 
 def test_the_table_says_what_to_do(capsys, data_dir):
-    flags = [f"--config=digits:debug,data_dir={data_dir}", "--seconds=0.1", "--cores=1"]
-    assert main(["benchmark", "data", *flags, "--topology=v5p:16x16x16"]) == 0
+    flags = [f"--config=digits:debug,data_dir={data_dir}", "--seconds=1e-9", "--cores=1"]
+    assert main(["benchmark", "data", *flags, "--topology=v5p:16x16x16"]) == 0  # a batch at least
     out = capsys.readouterr().out
     assert "bottleneck          the data; " in out
     assert "--store=tiled|resized|raw" in out
@@ -59,6 +59,8 @@ def test_the_table_says_what_to_do(capsys, data_dir):
         (["data", "--config=digits", "--chip=H300"], "--chip='H300' is unknown; there are TPU v2,"),
         (["data", "--config=digits", "--topology=v9:1"], "topology='v9:1' is unknown"),
         (["data", "--config=digits", "--topology=v4:2x2x1", "--chip=TPU v4"], "exclude each other"),
+        (["data", "--config=digits", "--num_chips=8"], "--num_chips counts those of --chip; give"),
+        (["data", "--config=digits", "--num_slices=2"], "--num_slices counts those of --topology"),
         (["data", "--config=digits", "--mfu=40"], "--mfu=40.0 must be over 0 and at most 1"),
         (["data", "--config=digits", "--config.data.name=nil"], "no dataset 'nil' in data_dir"),
     ],

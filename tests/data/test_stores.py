@@ -1,6 +1,7 @@
 """Whatever the store, training sees the same examples in the same order, and refuses damage."""
 
 import functools
+import json
 import pathlib
 import pickle
 import shutil
@@ -281,11 +282,40 @@ def test_a_flipped_pixel_far_behind_ends_a_run_and_is_not_left_out(copy, monkeyp
 
 def test_raw_heads_of_another_format_or_damaged(copy):
     head = (copy / "raw.json").read_text()
-    (copy / "raw.json").write_text(head.replace("raw 1", "raw 9"))
+    (copy / "raw.json").write_text(head.replace("raw 2", "raw 9"))
     with pytest.raises(ValueError, match=r"raw\.json says format 'vit_jax raw 9'"):
         opened(copy)
-    (copy / "raw.json").write_text(head[:50])
-    with pytest.raises(raw.CorruptStoreError, match=r"raw\.json is damaged"):
+    class_name, number = head.replace('"a"', '"e"'), head.replace("18", "19")
+    assert class_name != head != number
+    for damaged in (head[:50], "[]", "{}", "\udcff", class_name, number):
+        (copy / "raw.json").write_text(damaged, errors="surrogateescape")
+        with pytest.raises(raw.CorruptStoreError, match=r"raw\.json is damaged.*prepare the data"):
+            opened(copy)
+
+
+@pytest.mark.parametrize("damaged", [None, "", "[]", "{}", '{"mean": null}'])
+def test_what_prepare_learnt_of_a_raw_store_must_be_there(copy, damaged):
+    path = copy / sources.METADATA
+    path.unlink() if damaged is None else path.write_text(damaged)
+    with pytest.raises(ValueError, match=rf"{sources.METADATA} is .*prepare the dataset again"):
+        opened(copy)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("file", 1), ("offset", -1), ("offset", 10**9), ("height", 0), ("width", 2**31 - 1)],
+)
+def test_rows_that_point_elsewhere_are_refused_by_name(copy, field, value):
+    """As a stranger's store might, whose checksums are right."""
+    rows = np.frombuffer((copy / "raw-train.rows").read_bytes(), raw.ROW).copy()
+    rows[field][7] = value
+    (copy / "raw-train.rows").write_bytes(rows.tobytes())
+    head = raw.read_head(copy)
+    head["splits"]["train"]["files"]["raw-train.rows"]["crc32"] = zlib.crc32(rows.tobytes())
+    (copy / "raw.json").write_text(json.dumps(head | {"crc32": raw._checksum(head)}))
+    with pytest.raises(
+        raw.CorruptStoreError, match=r"raw-train\.rows is damaged: image 7 lies out"
+    ):
         opened(copy)
 
 

@@ -49,7 +49,8 @@ def losses(attention, num_steps=50):
 
 
 @pytest.mark.slow
-def test_fifty_steps_with_the_kernel_are_those_without():
+def test_fifty_steps_with_the_kernels_are_those_without():
     without = losses("xla")
     assert without[-5:].mean() < 0.8 * without[:5].mean()  # it learns
-    np.testing.assert_allclose(losses("interpret"), without, rtol=1e-3)
+    for kernel in ("interpret", "interpret_gpu"):
+        np.testing.assert_allclose(losses(kernel), without, rtol=1e-3)

@@ -69,6 +69,10 @@ def _chips(values: flags.FlagValues) -> tuple[str, int]:
 
     if values.topology and values.chip:
         raise ValueError("--topology and --chip exclude each other; give one of them.")
+    if values["num_chips"].present and not values.chip:
+        raise ValueError("--num_chips counts those of --chip; give it, too, or leave it out.")
+    if values["num_slices"].present and not values.topology:
+        raise ValueError("--num_slices counts those of --topology; give it, too, or leave it out.")
     if values.topology:
         generation = values.topology.partition(":")[0]
         count = num_chips(values.topology, num_slices=values.num_slices)
@@ -137,7 +141,7 @@ def _rate(loader: Any, seconds: float) -> dict[str, float]:
     """Images read, and seconds by the clock and of the CPU (of this process), after one batch."""
     next(loader)
     images, start, cpu = 0, time.perf_counter(), time.process_time()
-    while time.perf_counter() - start < seconds:
+    while not images or time.perf_counter() - start < seconds:
         images += len(next(loader)["label"])
     return {
         "images": images,

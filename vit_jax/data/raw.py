@@ -6,11 +6,11 @@ A version folder holds `raw.json` and for each split
 - `<name>-<split>.rows`: for each image, in order, a `ROW` that says where and what it is;
 - `<name>-<split>.names`: the names of the files that the images came from, one after another.
 
-`raw.json` has the size of every file, and the checksums (CRC-32) of rows and names. Sizes and those
-two are checked when a split is opened, and so are the images of its first CHECKED_BYTES; the others
-when a process reads them for the first time. What differs is a `CorruptStoreError`, which ends a
-run: unlike one broken image in a JPEG dataset it says that the disk, or who wrote to it, cannot be
-trusted.
+`raw.json` has the size of every file, and the checksums (CRC-32) of rows, names and itself. Sizes
+and those three are checked when a split is opened, and so are the images of its first
+CHECKED_BYTES; the others when a process reads them for the first time. What differs is a
+`CorruptStoreError`, which ends a run: unlike one broken image in a JPEG dataset it says that the
+disk, or who wrote to it, cannot be trusted.
 
 TFDS does not read this form. `vit_jax.data.sources` does, as any other dataset.
 """
@@ -28,7 +28,7 @@ import numpy as np
 from etils import epath
 
 HEAD = "raw.json"
-FORMAT = "vit_jax raw 1"
+FORMAT = "vit_jax raw 2"
 
 ROW = np.dtype(
     [
@@ -125,7 +125,14 @@ def write_head(
         splits[writer.split] = {"num_examples": sum(writer.shard_lengths), "files": files}
     head = {"format": FORMAT, "name": name, "version": version}
     head |= {"class_names": list(class_names), "splits": splits}
+    head["crc32"] = _checksum(head)
     (folder / HEAD).write_text(json.dumps(head, indent=1))
+
+
+def _checksum(head: dict[str, Any]) -> int:
+    """Of what `raw.json` says beside it."""
+    rest = {key: value for key, value in head.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def is_raw(folder: epath.Path) -> bool:
@@ -134,16 +141,21 @@ def is_raw(folder: epath.Path) -> bool:
 
 
 def read_head(folder: epath.Path) -> dict[str, Any]:
-    """`raw.json`; ValueError if it is of another format."""
+    """`raw.json`; ValueError if it is of another format, CorruptStoreError if it is damaged."""
+    damaged = f"{folder / HEAD} is damaged"
     try:
-        head = json.loads((folder / HEAD).read_text())
-    except json.JSONDecodeError as error:
-        raise CorruptStoreError(f"{folder / HEAD} is damaged: {error}") from error
-    if head.get("format") != FORMAT:
+        head = json.loads((folder / HEAD).read_bytes())
+    except ValueError as error:  # neither JSON, nor text
+        raise CorruptStoreError(f"{damaged} ({error}): prepare the dataset again") from error
+    if not isinstance(head, dict) or "format" not in head:
+        raise CorruptStoreError(f"{damaged}: prepare the dataset again")
+    if head["format"] != FORMAT:
         raise ValueError(
             f"{folder / HEAD} says format {head.get('format')!r}, and {FORMAT!r} is read; "
             "prepare the dataset again"
         )
+    if head.get("crc32") != _checksum(head):
+        raise CorruptStoreError(f"{damaged}: not its own checksum; prepare the dataset again")
     return head
 
 
@@ -164,6 +176,7 @@ class RawSplit:
             self._check_size(self._folder / name, found["bytes"])
         rows = next(name for name in files if name.endswith(".rows"))
         self._rows = np.frombuffer(self._read(rows, files[rows]["crc32"]), ROW)
+        self._check_rows(rows, [files[name]["bytes"] for name in sorted(files) if ".raw-" in name])
         names = rows.removesuffix(".rows") + ".names"
         self._names = self._read(names, files[names]["crc32"])
         self._files = [self._folder / name for name in sorted(files) if ".raw-" in name]
@@ -205,6 +218,18 @@ class RawSplit:
             raise CorruptStoreError(
                 f"{path} has {path.stat().st_size:,} bytes and should have {size:,}; "
                 "prepare the dataset again"
+            )
+
+    def _check_rows(self, name: str, sizes: list[int]) -> None:
+        """That every image lies in one of the files of pixels, of these sizes."""
+        number, offset = self._rows["file"].astype(np.int64), self._rows["offset"]
+        height, width = (self._rows[side].astype(np.int64) for side in ("height", "width"))
+        ends = np.array([*sizes, 0])[np.minimum(number, len(sizes))]
+        good = (height > 0) & (width > 0) & (offset >= 0) & (offset + 3 * height * width <= ends)
+        if not good.all():
+            raise CorruptStoreError(
+                f"{self._folder / name} is damaged: image {int(np.argmin(good))} lies outside of "
+                "its file; prepare the dataset again"
             )
 
     def _read(self, name: str, checksum: int) -> bytes:

@@ -71,6 +71,10 @@ def dataset_info(name: str, *, data_dir: str) -> DatasetInfo:
 
 def _raw_info(name: str, path: epath.Path) -> DatasetInfo:
     head, metadata = raw.read_head(path), read_metadata(path)
+    if missing := ", ".join({"fingerprint", "mean", "std"} - metadata.keys()):
+        raise raw.CorruptStoreError(
+            f"{path / METADATA} is missing or lacks {missing}: prepare the dataset again"
+        )
     return DatasetInfo(
         name=name,
         path=path,
@@ -200,7 +204,15 @@ def _refuse_empty(count: int, info: DatasetInfo, split: str) -> None:
 def read_metadata(path: epath.Path) -> dict[str, Any]:
     """What `vit-jax prepare` wrote beside the dataset in the version folder `path`, or nothing."""
     file = path / METADATA
-    return json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError as error:  # neither JSON, nor text
+        raise ValueError(f"{file} is damaged ({error}): prepare the dataset again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is damaged: prepare the dataset again")
+    return found
 
 
 def class_names(info: tfds.core.DatasetInfo) -> tuple[str, ...]:

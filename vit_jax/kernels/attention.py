@@ -1,8 +1,9 @@
 """Multi-head self-attention on the fused projection's output: one function, several ways to do it.
 
-IMPLEMENTATIONS says which there are; `auto` takes the first in the table AUTO that can do the
-shape at hand on the platform at hand. The platform is that of the mesh in use (`jax.set_mesh`),
-which may be of devices that are not here, else JAX's default one.
+IMPLEMENTATIONS says which there are and LIMITS what they can do; `auto` takes the first in the
+table AUTO that can do what is asked on the platform at hand, and logs once if that is not the very
+first. The platform is that of the mesh in use (`jax.set_mesh`), which may be of devices that are
+not here, else JAX's default one.
 """
 
 import functools
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from vit_jax.kernels import attention_tpu
+from vit_jax.kernels import attention_gpu, attention_tpu
 
-AUTO = {"tpu": ("tpu", "xla")}
+AUTO = {"tpu": ("tpu", "xla"), "gpu": ("cudnn", "gpu", "xla")}
 """Platform -> what `auto` tries, in this order; ('xla',) on all others."""
 
 IMPLEMENTATIONS = {
@@ -25,13 +26,54 @@ IMPLEMENTATIONS = {
     "xla": "plain products and a softmax, anywhere, any shape",
     "tpu": "the kernel for short sequences, `attention_tpu`",
     "interpret": "the same kernel, interpreted on any platform: slow, for tests",
+    "cudnn": "cuDNN's flash attention, by `jax.nn.dot_product_attention`",
+    "gpu": "the kernel of `attention_gpu`",
+    "interpret_gpu": "the same kernel, interpreted",
 }
+
+KERNELS = {
+    "tpu": (attention_tpu, False),
+    "interpret": (attention_tpu, True),
+    "gpu": (attention_gpu, False),
+    "interpret_gpu": (attention_gpu, True),
+}
+"""Those of our own: the module, and whether it is interpreted."""
 
 HEADS_AXIS = "tensor"
 """The mesh axis that heads are split over; the batch is split over all others."""
 
-MIN_TOKENS, MAX_TOKENS = 16, 1100
-MIN_HEAD_DIM, MAX_HEAD_DIM = 32, 128
+
+class Limits(NamedTuple):
+    """What an implementation can do.
+
+    Attributes:
+      platform: '' for any.
+      dtypes: of qkv.
+      tokens, head_dims: the least and the largest number; head dims in steps of 8.
+      masks: whether a mask may be given.
+    """
+
+    platform: str
+    dtypes: tuple[str, ...]
+    tokens: tuple[int, int] = (16, 1100)
+    head_dims: tuple[int, int] = (32, 128)
+    masks: bool = True
+
+
+# Ours: where they are tested; in float32 a GPU's tensor cores would round what XLA does not need
+# to. cuDNN: what JAX lets through on every GPU (256 channels on Hopper, which no ViT has); masks
+# have given NaN there, and become a bias of [tokens, tokens] in memory.
+LIMITS = {
+    "tpu": Limits("tpu", ("bfloat16", "float32")),
+    "interpret": Limits("", ("bfloat16", "float32")),
+    "cudnn": Limits("gpu", ("bfloat16", "float16"), (16, 2**16), (8, 128), masks=False),
+    "gpu": Limits("gpu", ("bfloat16", "float16")),
+    "interpret_gpu": Limits("", ("bfloat16", "float16", "float32")),
+}
+"""Of each implementation but 'xla', which can do everything."""
+
+LEAST_CAPABILITY = 8.0
+"""CUDA's compute capability from which on GPUs multiply bfloat16."""
 
 RESIDUALS = ("attention_out", "attention_lse")
 """Names of what the kernel's backward pass wants beside qkv, for rematerialisation policies."""
@@ -72,15 +114,17 @@ def attention(
     Raises:
       ValueError: an unknown implementation, or one that cannot do this here; the message says why.
     """
-    name = choose(implementation, qkv, num_heads)
-    if name == "xla":
+    name = choose(implementation, qkv, num_heads, masked=mask is not None)
+    if name not in KERNELS:
         if bias is not None:  # adds nothing, and has the gradient
             qkv = qkv + (bias - jax.lax.stop_gradient(bias)).astype(qkv.dtype)
-        return _xla(qkv, num_heads, mask)
+        if name == "xla":
+            return _xla(qkv, num_heads, mask)
+        return _split(_cudnn, (qkv,), num_heads, "Q", "O")[0]
     if mask is not None and not isinstance(mask, Segments):
         mask = Segments(jnp.zeros(mask.shape, jnp.int32), mask.astype(jnp.int32) - 1)
     ids = (None, None) if mask is None else (mask.queries[:, None], mask.keys[:, :, None])
-    return _kernel(qkv, bias, *ids, num_heads, name == "interpret")
+    return _kernel(qkv, bias, *ids, num_heads, name)
 
 
 def with_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -88,23 +132,25 @@ def with_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return x + jax.lax.stop_gradient(bias).astype(x.dtype)
 
 
-def choose(implementation: str, qkv: jax.Array, num_heads: int) -> str:
+def choose(implementation: str, qkv: jax.Array, num_heads: int, *, masked: bool = False) -> str:
     """The implementation that `attention` will take, never 'auto'; raises as it does."""
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(repr(name) for name in IMPLEMENTATIONS)
         raise ValueError(f"attention={implementation!r} is unknown; choose one of {names}.")
-    shape, dtype = qkv.shape, jnp.dtype(qkv.dtype).name
+    asked = qkv.shape, jnp.dtype(qkv.dtype).name, num_heads, masked
     if implementation != "auto":
-        if why := _obstacle(implementation, shape, dtype, num_heads):
+        if why := _obstacle(implementation, *asked):
             raise ValueError(f"attention={implementation!r} {why}; use 'auto' or 'xla'.")
         return implementation
-    names = AUTO.get(_platform(), ("xla",))
-    for name in names:
-        why = _obstacle(name, shape, dtype, num_heads)
+    reasons = []
+    for name in AUTO.get(_platform(), ("xla",)):
+        why = _obstacle(name, *asked)
         if not why:
-            return name
-        _log_once(f"attention: 'xla' instead of {name!r}, which {why}.")
-    return names[-1]
+            break
+        reasons.append(f"{name!r}, which {why}")
+    if reasons:
+        _log_once(f"attention: {name!r} instead of {reasons[0]}.")
+    return name
 
 
 @functools.cache
@@ -117,26 +163,30 @@ def _platform() -> str:
     return device.platform if device is not None else jax.default_backend()
 
 
-def _obstacle(name: str, shape: tuple[int, ...], dtype: str, num_heads: int) -> str:
+def _obstacle(name: str, shape: tuple[int, ...], dtype: str, num_heads: int, masked: bool) -> str:
     """Why an implementation cannot do a shape here, or ''."""
     if name == "xla":
         return ""
     batch, tokens, width = shape
     head_dim = width // (3 * num_heads)
-    platform, parts = _platform(), _parts()
-    if name == "tpu" and platform != "tpu":
-        return f"runs on TPU, not on {platform}"
-    if dtype not in ("bfloat16", "float32"):
-        return f"takes bfloat16 or float32, not {dtype}"
-    if not MIN_TOKENS <= tokens <= MAX_TOKENS:
-        return f"takes {MIN_TOKENS} to {MAX_TOKENS} tokens, not {tokens}"
-    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
+    limits, platform, parts = LIMITS[name], _platform(), _parts()
+    if limits.platform not in ("", platform):
+        return f"runs on {limits.platform.upper()}, not on {platform}"
+    if limits.platform == "gpu" and (why := _unfit_gpu()):
+        return why
+    if dtype not in limits.dtypes:
+        return f"takes {' or '.join(limits.dtypes)}, not {dtype}"
+    if not limits.tokens[0] <= tokens <= limits.tokens[1]:
+        return f"takes {limits.tokens[0]} to {limits.tokens[1]} tokens, not {tokens}"
+    if not limits.head_dims[0] <= head_dim <= limits.head_dims[1] or head_dim % 8:
         return (
-            f"takes heads of {MIN_HEAD_DIM} to {MAX_HEAD_DIM} channels in steps of 8, "
-            f"not {head_dim}"
+            f"takes heads of {limits.head_dims[0]} to {limits.head_dims[1]} channels in steps of "
+            f"8, not {head_dim}"
         )
+    if masked and not limits.masks:
+        return "takes no mask"
     if parts is None:
-        if name == "tpu" and jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty:
+        if limits.platform and jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty:
             return "needs to know the mesh where there are several devices (jax.set_mesh)"
         return ""
     if batch % parts[0]:
@@ -144,6 +194,16 @@ def _obstacle(name: str, shape: tuple[int, ...], dtype: str, num_heads: int) -> 
     if num_heads % parts[1]:
         return f"splits the heads over {parts[1]} devices, which do not divide {num_heads}"
     return ""
+
+
+def _unfit_gpu() -> str:
+    """What keeps tensor cores' kernels off the GPUs that are here, or ''."""
+    if jax.default_backend() != "gpu":  # compiling for a mesh of GPUs that are elsewhere
+        return ""
+    capability = str(jax.local_devices()[0].compute_capability)
+    if capability.replace(".", "").isdigit() and float(capability) >= LEAST_CAPABILITY:
+        return ""
+    return f"wants an NVIDIA GPU of compute capability {LEAST_CAPABILITY} or more, not {capability}"
 
 
 def _parts() -> tuple[int, int] | None:
@@ -173,24 +233,41 @@ def _xla(qkv, num_heads, mask):
     return (weights @ value).swapaxes(1, 2).reshape(batch, tokens, width // 3)
 
 
+def _cudnn(qkv, *, num_heads):
+    batch, tokens, width = qkv.shape
+    heads = qkv.reshape(batch, tokens, 3, num_heads, -1)
+    lengths = {}
+    if tokens % 2:  # JAX refuses to differentiate an odd number, as if there were a bias
+        heads = jnp.pad(heads, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0)))
+        count = jnp.full(batch, tokens, jnp.int32)
+        lengths = {"query_seq_lengths": count, "key_value_seq_lengths": count}
+    parts = (heads[:, :, part] for part in range(3))
+    out = jax.nn.dot_product_attention(*parts, implementation="cudnn", **lengths)
+    return (out[:, :tokens].reshape(batch, tokens, width // 3),)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _kernel(qkv, bias, query_ids, key_ids, num_heads, interpret):
-    return _kernel_forward(qkv, bias, query_ids, key_ids, num_heads, interpret)[0]
+def _kernel(qkv, bias, query_ids, key_ids, num_heads, name):
+    return _kernel_forward(qkv, bias, query_ids, key_ids, num_heads, name)[0]
 
 
-def _kernel_forward(qkv, bias, query_ids, key_ids, num_heads, interpret):
-    run = functools.partial(attention_tpu.forward, interpret=interpret)
+def _kernel_forward(qkv, bias, query_ids, key_ids, num_heads, name):
+    module, interpret = KERNELS[name]
+    run = functools.partial(module.forward, interpret=interpret)
     out, lse = _split(run, (qkv, query_ids, key_ids), num_heads, "Q II", "O L")
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), RESIDUALS, strict=True))
     return out, (qkv, bias, query_ids, key_ids, out, lse)
 
 
-def _kernel_backward(num_heads, interpret, residuals, grad):
+def _kernel_backward(num_heads, name, residuals, grad):
     qkv, bias, query_ids, key_ids, out, lse = residuals
-    run = functools.partial(attention_tpu.backward, interpret=interpret)
+    module, interpret = KERNELS[name]
+    run = functools.partial(module.backward, interpret=interpret)
     operands = (qkv, query_ids, key_ids, out, lse, grad)
     qkv_grad, sums = _split(run, operands, num_heads, "Q II O L O", "Q Q")
-    bias_grad = None if bias is None else sums.sum(axis=(0, 1)).astype(bias.dtype)
+    if bias is None:
+        return qkv_grad, None, None, None
+    bias_grad = sums.sum(axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
     return qkv_grad, bias_grad, None, None
 
 

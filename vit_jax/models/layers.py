@@ -13,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from vit_jax.axes import named, num_parts
-from vit_jax.kernels.attention import Segments, attention, choose, with_bias
+from vit_jax.kernels.attention import KERNELS, Segments, attention, choose, with_bias
 from vit_jax.models.pos_embed import Rope, rotate
 
 NORM_EPS = 1e-6  # the ViT paper's code; torch's default is 1e-5
@@ -161,9 +161,9 @@ class Attention(nnx.Module):
         if parts > 1 and self.num_heads % parts == 0 and self.implementation in ("auto", "xla"):
             return self.proj(self._attend_in_parts(x, mask, rope, parts))
         qkv = jax.ShapeDtypeStruct((*x.shape[:2], self.qkv.out_features), self.dtype)
-        name = choose(self.implementation, qkv, self.num_heads)
+        name = choose(self.implementation, qkv, self.num_heads, masked=mask is not None)
         plain = self.qkv.bias is None or self.q_norm is not None or rope is not None
-        if plain or name == "xla":
+        if plain or name not in KERNELS:
             return self.proj(self._attend(self.qkv(x), mask, rope, self.num_heads, name))
         bias = self.qkv.bias[...]  # the kernel sums its gradient on the way
         qkv = with_bias(x.astype(self.dtype) @ self.qkv.kernel[...].astype(self.dtype), bias)

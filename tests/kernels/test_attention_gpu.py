@@ -1,0 +1,188 @@
+"""What a GPU would run: our kernel, interpreted, against float64, and what is asked of cuDNN.
+
+With VIT_JAX_TEST_PLATFORM=cuda the kernel and cuDNN themselves are held to float64, too.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import AxisType
+
+from tests.kernels.test_attention_tpu import (
+    HEADS,
+    TOKENS,
+    TOLERANCES,
+    draw,
+    exact,
+    relative,
+    run,
+)
+from vit_jax.kernels import attention as kernels
+from vit_jax.kernels.attention import attention, choose
+
+ON_GPU = jax.default_backend() == "gpu"
+
+
+def check(batch, tokens, num_heads, head_dim, dtype, masked, implementation="interpret_gpu"):
+    qkv, bias, grad, mask = draw(batch, tokens, num_heads, head_dim, dtype, masked)
+    found = run(qkv, bias, grad, mask, num_heads, implementation)
+    out, qkv_grad = exact(qkv, grad, num_heads, mask)
+    assert found[0].dtype == found[1].dtype == dtype and found[2].dtype == jnp.float32
+    for one, wanted in zip(found, (out, qkv_grad, qkv_grad.sum(axis=(0, 1))), strict=True):
+        assert relative(one, wanted) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_heads", "head_dim", "dtype", "masked"),
+    [(196, 2, 64, "bfloat16", False), (33, 3, 80, "float32", True)],
+)
+def test_forward_and_gradients_are_those_of_float64(tokens, num_heads, head_dim, dtype, masked):
+    check(2, tokens, num_heads, head_dim, dtype, masked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_every_number_of_tokens(tokens, dtype):
+    check(1, tokens, 2, 64, dtype, masked=tokens % 2 == 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("num_heads", "head_dim"), HEADS)
+def test_every_kind_of_heads(num_heads, head_dim, dtype):
+    check(2, 20, num_heads, head_dim, dtype, masked=False)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="no GPU here, or VIT_JAX_TEST_PLATFORM is not cuda")
+@pytest.mark.parametrize("implementation", ["gpu", "cudnn"])
+def test_on_a_gpu(implementation):
+    for tokens in TOKENS:
+        masked = implementation == "gpu" and tokens % 2 == 1
+        check(2, tokens, 6, 64, "bfloat16", masked, implementation)
+    for num_heads, head_dim in HEADS:
+        check(2, 196, num_heads, head_dim, "bfloat16", False, implementation)
+
+
+def test_a_query_that_may_look_nowhere_stays_finite():
+    qkv, bias, grad, _ = draw(1, 70, 1, 32, "float32")
+    found = run(qkv, bias, grad, np.zeros((1, 70), bool), 1, "interpret_gpu")
+    assert all(np.isfinite(x).all() for x in found)
+    mean = qkv[:, :, 64:].mean(axis=1, keepdims=True)  # of the values, as from XLA
+    np.testing.assert_allclose(found[0], np.broadcast_to(mean, found[0].shape), atol=1e-6)
+
+
+def test_split_over_batch_and_heads_it_is_the_same():
+    operands = draw(8, 16, 2, 32, "float32", masked=True)
+    alone = run(*operands, 2, "interpret_gpu")
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        split = run(*operands, 2, "interpret_gpu")
+    for one, other in zip(split, alone, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As seen from a process that compiles for a GPU which is elsewhere."""
+    monkeypatch.setattr(kernels, "_platform", lambda: "gpu")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    kernels._log_once.cache_clear()
+
+
+def lowered(tokens, implementation):
+    """The program for CUDA, forward and backward."""
+
+    def loss(qkv):
+        out = attention(qkv, num_heads=2, implementation=implementation)
+        return out.astype(jnp.float32).sum()
+
+    qkv = jax.ShapeDtypeStruct((4, tokens, 3 * 128), jnp.bfloat16)
+    return jax.jit(jax.grad(loss)).trace(qkv).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("tokens", [196, 197])
+def test_what_cudnn_gets_is_what_it_takes(gpu, tokens):
+    calls = [line for line in lowered(tokens, "cudnn").splitlines() if "custom_call" in line]
+    forward, backward = (line for line in calls if "__cudnn$fmha" in line)
+    assert "fmhaSoftmaxBackward" in backward and "fmhaSoftmaxBackward" not in forward
+    even = tokens + tokens % 2
+    for call in (forward, backward):
+        assert f"tensor<4x{even}x2x64xbf16>" in call
+        assert ("NO_MASK" in call) == (tokens == even)
+        assert ("PADDING" in call) == (tokens != even)
+
+
+@pytest.mark.parametrize("tokens", [20, 21])
+def test_padding_for_cudnn_changes_nothing(gpu, monkeypatch, tokens):
+    by_xla = jax.nn.dot_product_attention
+
+    def instead(*operands, implementation, **lengths):
+        assert implementation == "cudnn"
+        return by_xla(*operands, implementation="xla", **lengths)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    check(2, tokens, 3, 32, "bfloat16", masked=False, implementation="cudnn")
+
+
+def test_our_kernel_becomes_triton_code(gpu):
+    try:
+        text = lowered(197, "gpu")
+    except RuntimeError as error:  # JAX from 0.11 on compiles it at once
+        if "GPU" not in str(error):
+            raise
+        pytest.skip("this JAX needs its CUDA plugin for that")
+    assert text.count("triton") >= 2
+    assert "tensor<4x198" not in text and "stablehlo.concatenate" not in text  # all in place
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_heads", "dtype", "masked", "taken", "why"),
+    [
+        ((8, 196, 1152), 6, jnp.bfloat16, False, "cudnn", ""),
+        ((8, 197, 1152), 6, jnp.float16, False, "cudnn", ""),
+        ((8, 4097, 1152), 6, jnp.bfloat16, False, "cudnn", ""),
+        ((8, 196, 1152), 6, jnp.bfloat16, True, "gpu", "takes no mask"),
+        ((8, 4097, 1152), 6, jnp.bfloat16, True, "xla", "takes no mask"),
+        ((8, 196, 1152), 6, jnp.float32, False, "xla", "takes bfloat16 or float16, not float32"),
+        ((8, 7, 1152), 6, jnp.bfloat16, False, "xla", "takes 16 to 65536 tokens, not 7"),
+        ((8, 196, 1296), 2, jnp.bfloat16, False, "xla", "takes heads of 8 to 128 .*, not 216"),
+    ],
+)
+def test_auto_on_a_gpu(gpu, caplog, shape, num_heads, dtype, masked, taken, why):
+    qkv = jax.ShapeDtypeStruct(shape, dtype)
+    for _ in range(2):
+        assert choose("auto", qkv, num_heads, masked=masked) == taken
+    assert len(caplog.records) == bool(why)
+    if why:
+        assert caplog.records[0].message.startswith(f"attention: {taken!r} instead of 'cudnn', wh")
+        with pytest.raises(ValueError, match=why):
+            choose("cudnn", qkv, num_heads, masked=masked)
+
+
+def test_a_gpu_without_the_tensor_cores_is_said(gpu, monkeypatch):
+    class Device:
+        compute_capability = "7.0"
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device])
+    qkv = jax.ShapeDtypeStruct((8, 196, 1152), jnp.bfloat16)
+    assert choose("auto", qkv, 6) == "xla"
+    for name in ("cudnn", "gpu"):
+        with pytest.raises(ValueError, match="compute capability 8.0 or more, not 7.0"):
+            choose(name, qkv, 6)
+    Device.compute_capability = "gfx942"
+    with pytest.raises(ValueError, match="NVIDIA GPU .*, not gfx942"):
+        choose("cudnn", qkv, 6)
+    Device.compute_capability = "10.0"
+    assert choose("auto", qkv, 6) == "cudnn"
+
+
+@pytest.mark.parametrize("name", ["cudnn", "gpu"])
+def test_on_another_platform_it_is_an_error(name):
+    qkv = jnp.zeros((2, 16, 192), jnp.bfloat16)
+    with pytest.raises(ValueError, match=f"{name}' runs on GPU, not on cpu; use 'auto' or 'xla'"):
+        attention(qkv, num_heads=1, implementation=name)
