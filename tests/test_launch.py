@@ -500,7 +500,8 @@ def test_slurm_preempts_requeues_and_finishes(slurm, data_dir, tmp_path, monkeyp
     says("step  10/150")
     (number,) = _output("squeue", "-h", "-o", "%i").split()
     all_cpus = f"--ntasks={os.cpu_count()}"
-    subprocess.run(["sbatch", "--partition=urgent", all_cpus, "--wrap=true"], check=True)
+    urgent = ["sbatch", "--partition=urgent", all_cpus, "--output=/dev/null", "--wrap=true"]
+    subprocess.run(urgent, check=True)
     says("stopped by signal 15")
     says("exit code 75: back into the queue")
     says("resuming at step")
