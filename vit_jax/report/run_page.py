@@ -1,5 +1,6 @@
 """The page of a run: its curves, what its model makes of the data, and how it was made."""
 
+import math
 import re
 
 from etils import epath
@@ -66,7 +67,7 @@ def _lede(run: Run) -> str:
 def _facts(run: Run) -> list[tuple[str, str]]:
     facts = []
     for score in scores_of(run):
-        if score.metric == "top1" and score.count:
+        if score.metric == "top1" and score.count and math.isfinite(score.value):
             right = round(score.value * score.count)
             label = f"{score.evaluation} top-1, {right:,} of {score.count:,} right"
             facts.append((f"{score.value:.2%}", label))
@@ -92,7 +93,7 @@ def scores_of(run: Run) -> list[Score]:
     for key in run.evaluated():
         evaluation, metric = key.split("/", 1)
         steps, values = run.series(key)
-        if re.fullmatch(COUNTS, metric) or values[-1] is None:
+        if re.fullmatch(COUNTS, metric):
             continue
         own = run.last(f"{key}_count")  # where it is not that of the evaluation
         count = run.last(f"{evaluation}/count") if own is None else own
@@ -104,7 +105,7 @@ def scores_of(run: Run) -> list[Score]:
                 dataset=f"{section['dataset']}/{section.get('split', 'test')}" if section else "",
                 evaluation=evaluation,
                 metric=metric,
-                value=values[-1],
+                value=math.nan if values[-1] is None else values[-1],
                 count=int(count or 0),
             )
         )

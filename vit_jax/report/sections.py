@@ -91,6 +91,8 @@ def _drawn(page: Page, runs: Sequence[Run], metric: Metric) -> Html | None:
     if not found:
         return None
     said = [metric.note] if metric.note else []
+    if all(value is None for curve in found for value in curve.y):
+        said.append("never finite")
     if any(len(curve.x) > figures.points(len(found)) for curve in found):
         said.append(f"thinned to {figures.points(len(found)):,} points, extremes kept")
     figure = figures.curves(found, y=metric.y, percent=metric.percent, zero=metric.zero)
