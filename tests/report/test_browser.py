@@ -4,7 +4,7 @@ import pytest
 
 from tests.report.pages import HOSTILE, IMAGE, Opened, browser, write_run
 from vit_jax.commands import report
-from vit_jax.report.markup import UPRIGHT, table
+from vit_jax.report.markup import UPRIGHT, Cell, table
 from vit_jax.report.page import Page
 
 pytest.importorskip("plotly", reason="needs the extra 'report'")
@@ -69,6 +69,39 @@ def test_a_run_can_be_taken_out_of_the_curves(page):
     assert page.drawn("Training loss") == 3
 
 
+def test_all_runs_are_switched_at_once(chromium, tmp_path):
+    runs = [write_run(tmp_path / f"run{number}", seed=number % 3) for number in range(9)]
+    out = tmp_path / "page.html"
+    flags = [f"--compare={run}" for run in runs[1:]] + [f"--out={out}", "--noexamples"]
+    assert report.main([f"--workdir={runs[0]}", *flags]) == 0
+    opened = Opened(chromium, out)
+    assert opened.drawn("Training loss") == 9
+    lines = opened.figure("Training loss").locator(".scatterlayer .js-line")
+    looks = lines.evaluate_all("all => all.map((one) => one.getAttribute('style'))")
+    assert len(set(looks)) == 9  # the ninth has a colour again, but is dashed
+    opened.page.get_by_role("button", name="none", exact=True).click()
+    assert opened.drawn("Training loss") == 0
+    opened.page.locator("nav input").nth(2).check()
+    assert opened.drawn("Training loss") == 1
+    opened.page.get_by_role("button", name="all", exact=True).click()
+    assert opened.drawn("Training loss") == 9
+    differing = opened.page.locator("#config table").first
+    assert differing.locator("tbody tr").count() == 9  # so many runs stand below one another
+    assert opened.problems == []
+
+
+def test_numbers_sort_as_numbers_beside_those_that_are_none(chromium, tmp_path):
+    cells = [Cell("9", 9.0), Cell("not finite", float("nan")), Cell("1e-05", 1e-5), None, 1234]
+    page = Page("run", "x", "", [])
+    page.add("Leaderboard", table(["value"], [[cell] for cell in cells], sortable=True))
+    path = tmp_path / "page.html"
+    path.write_text(page.render())
+    opened = Opened(chromium, path)
+    opened.page.locator("th").first.click()
+    assert [one for one in opened.column(1) if one][-3:] == ["1e-05", "9", "1,234"]
+    assert opened.problems == []
+
+
 def test_zooming_one_figure_zooms_those_over_the_same_steps(page):
     before = page.ranges()
     box = page.figure("Training loss").locator(".nsewdrag").bounding_box()
@@ -100,15 +133,12 @@ def test_the_leaderboard_sorts_by_value(page):
     assert page.column(2) == ["100", "200", "200"]
 
 
-def test_only_the_differing_leaves(page):
-    rows = page.page.locator("#config-table tbody tr")
-    everything = rows.count()
-    page.page.locator("input[data-only-differences]").check()
-    shown = [row for row in rows.all() if row.is_visible()]
-    leaves = [row.locator("td").first.inner_text() for row in shown]
-    assert 0 < len(leaves) < everything
-    assert {"seed", "init_from", "data.data_dir"} <= set(leaves)
-    assert "batch_size" not in leaves
+def test_configs_that_differ_stand_side_by_side(page):
+    tables = page.page.locator("#config table")
+    differing = [row.inner_text().split("\t") for row in tables.first.locator("tbody tr").all()]
+    assert {row[0] for row in differing} >= {"seed", "init_from", "data.data_dir"}
+    assert next(row for row in differing if row[0] == "seed") == ["seed", "0", "1", "2"]
+    assert "batch_size" in tables.nth(1).inner_text()
 
 
 def test_nothing_is_cut_on_paper(page):

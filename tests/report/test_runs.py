@@ -6,10 +6,9 @@ from etils import epath
 
 from tests.evals.test_classification import model
 from tests.report.pages import write_run
-from vit_jax.report import model_sections
-from vit_jax.report.examples import score
+from vit_jax.report.examples import batch, score
 from vit_jax.report.layout import mesh_sizes, say_bytes
-from vit_jax.report.run_page import scores_of
+from vit_jax.report.run_page import run_page, scores_of
 from vit_jax.report.runs import config_rows, names, parent_of, read_run
 
 
@@ -64,9 +63,20 @@ def test_a_metric_has_the_count_that_it_was_computed_on(tmp_path):
     assert counts == {"top1": 360, "held_out_top1": 144}
 
 
-def test_a_batch_without_a_record_of_the_run_is_a_line():
-    shown = model_sections._or_why(lambda: model_sections._batch({}, []))
-    assert "Not shown: there is no run.json yet" in str(shown)
+def test_a_run_that_diverged_is_told_as_such(tmp_path):
+    workdir = write_run(tmp_path / "run")
+    rows = [{"step": 100, "train/loss": None, "test/loss": None, "test/count": 360}]
+    (workdir / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    sections = dict(run_page(workdir, [], examples=False)._sections)
+    assert "never finite" in sections["Training"]
+    assert '<td data-order="" class="number">not finite' in sections["Evaluation"]
+
+
+def test_a_batch_without_a_record_or_a_dataset_is_a_line(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    assert "Not shown: no dataset" in batch(run)
+    (run.workdir / "run.json").unlink()
+    assert "Not shown: there is no run.json yet" in batch(read_run(run.workdir))
 
 
 def test_an_evaluation_of_a_subset_knows_the_heads_classes(data_dir):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from etils import epath
 
 from tests.report.pages import HOSTILE, Opened, browser, write_run
 from vit_jax.commands import report
@@ -10,6 +11,7 @@ pytest.importorskip("plotly", reason="needs the extra 'report'")
 pytest.importorskip("itables", reason="needs the extra 'report'")
 
 from vit_jax.evals.intervals import pack_bits
+from vit_jax.report.sweep_page import sweep_page
 from vit_jax.sweep.store import Store, Unit
 
 PNG = (  # 2 × 1 pixels
@@ -17,7 +19,7 @@ PNG = (  # 2 × 1 pixels
 )
 
 
-def save(store, run, step, right: int, *, dataset="digits", name="classification"):
+def save(store, run, step, right: float, *, dataset="digits", name="classification"):
     """A result of 40 examples of which the first `right` are right."""
     checkpoint = run.name
     unit = Unit(
@@ -73,19 +75,48 @@ def test_the_page_of_a_sweep(folder):
     assert "a half written checkpoint &lt;/script&gt;" in body
     assert "vit-jax sweep --retry_failed" in body
     assert "10.0 to 99.0%" in body  # the result's own interval, not Wilson's
-    assert "n=40, p=0.03" in body  # 30 of 40 against 36 of the same
+    assert "p=0.031" in body  # 30 of 40 against 36 of the same
     assert "Not shown: " in body  # of the mistakes: there is no such dataset here
+    assert body.split('id="a-batch"')[1].startswith("><h2>A batch</h2><p")  # one for both seeds
+    for title in ("Throughput", "Waiting for data", "Model FLOPs utilisation", "Learning rate"):
+        assert f"<strong>{title}</strong>" in body
+    surroundings = body.split('id="environment"')[1].split("</section>")[0]
+    assert "version of jax" in surroundings
+    assert str(folder / "runs" / "one") in surroundings
+    seconds = body.split('id="time"')[1].split("</section>")[0]
+    assert '<td data-order="58.3" class="number">58.3</td>' in seconds
+
+
+def test_what_is_not_finite_is_said_and_ranks_last(tmp_path):
+    store = Store(tmp_path)
+    runs = [write_run(tmp_path / "runs" / name) for name in ("diverged", "fine")]
+    save(store, runs[0], 200, float("nan"))
+    save(store, runs[1], 200, 4)
+    page = sweep_page(epath.Path(tmp_path), examples=False)
+    board = dict(page._sections)["Leaderboard"]
+    assert board.index("fine") < board.index("diverged")
+    assert '<td data-order="" class="number">not finite' in board
+    assert page.facts == [("10.00%", "best classification on digits: fine @ 200")]
+
+
+def test_the_checkpoint_of_an_imported_model_has_no_step(tmp_path):
+    store = Store(tmp_path)
+    save(store, epath.Path("/nowhere/dinov2"), None, 30)
+    page = sweep_page(epath.Path(tmp_path), examples=True)
+    assert "No run of these checkpoints can be read" in dict(page._sections)["Runs"]
+    assert page.facts == [("75.00%", "best classification on digits: dinov2")]
+    page.render()
 
 
 def test_it_works_in_a_browser(folder):
     report.main([f"--workdir={folder}", "--noexamples"])
     with browser() as chromium:
         opened = Opened(chromium, folder / "report.html")
-        assert [value.split("\n")[0] for value in opened.column(3)][:2] == ["90.00%", "75.00%"]
+        assert [value.split("\n")[0] for value in opened.column(4)][:2] == ["90.00%", "75.00%"]
         heads = opened.page.locator("table.sortable").first.locator("th")
         assert heads.all_inner_texts()[:2] == ["model", "step"]
-        heads.nth(2).click()
-        assert opened.column(3)[0].startswith("50.00%")
+        heads.nth(3).click()
+        assert opened.column(4)[0].startswith("50.00%")
         assert opened.drawn("classification on digits") == 4
         opened.page.locator("nav input").first.uncheck()
         assert opened.drawn("classification on digits") == 2

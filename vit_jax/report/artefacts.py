@@ -3,7 +3,7 @@
 import base64
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,15 @@ from vit_jax.report.markup import Cell, Html, el, picture, table
 from vit_jax.report.page import Page, grid, note
 
 MAPS = ("image", "attention", "rollout")  # pictures that stand side by side
-MAX_CONFUSION = 60  # classes of a confusion matrix that can still be read
+REMARKS = {  # below the titles of other pictures
+    "positions": "a map a position: the cosine of its embedding with every other; bright is alike",
+    "filters": "what the patch embedding looks for most, each stretched to its own range",
+}
+MAX_CONFUSION = 40  # classes of a confusion matrix that can still be read
+MOST_CONFUSED = 24  # of more, so many are shown
 MAX_CLASSES = 40  # bars
+
+Cells = Sequence[Sequence[int]]  # true class, predicted class, count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,31 +55,55 @@ def classification(page: Page, artefacts: Mapping[str, Any], *, name: str, run: 
         figure = figures.reliability(*columns, name=name, run=run)
         remark = "on the dotted line confidence is right; larger points hold more examples"
         drawn.append(page.figure(figure | {"square": True}, "Calibration", remark))
-    if cells := artefacts.get("confusion"):
-        classes = cells["class_names"]
-        predicted = cells.get("predicted_names") or classes
-        if max(len(classes), len(predicted)) <= MAX_CONFUSION:
-            figure = figures.confusion(
-                _matrix(cells["cells"], classes, predicted), classes, predicted
-            )
-            drawn.append(page.figure(figure, "Confusion", "a row is a true class"))
-        else:
-            said = f"{len(classes)} classes are too many for a matrix: see the most confused pairs."
-            tables.append(note(said))
-        tables.append(_confused(cells["cells"], classes, predicted))
+    if found := artefacts.get("confusion"):
+        classes = found["class_names"]
+        predicted = found.get("predicted_names") or classes
+        drawn.append(_confusion(page, found["cells"], classes, predicted))
+        tables.append(_confused(found["cells"], classes, predicted))
     if rows := artefacts.get("per_class"):
         drawn.append(_classes(page, rows))
     return [grid(*drawn), *tables]
 
 
-def _matrix(cells: Sequence[Sequence[int]], classes, predicted) -> np.ndarray:
-    matrix = np.zeros((len(classes), len(predicted)), np.int64)
+def _confusion(
+    page: Page, cells: Cells, classes: Sequence[str], predicted: Sequence[str]
+) -> Html | None:
+    remark, shown = "a row is a true class; darker is a larger share of it", {*classes, *predicted}
+    if max(len(classes), len(predicted)) > MAX_CONFUSION:
+        shown = _most_confused(cells, classes, predicted)
+        remark += f"; of {len(classes):,} classes those of the most frequent mistakes"
+    rows, columns = _places(classes, shown), _places(predicted, shown)
+    if not rows:
+        return None
+    matrix, totals = np.zeros((len(rows), len(columns)), np.int64), np.zeros(len(rows), np.int64)
     for true, guess, count in cells:
-        matrix[true, guess] = count
-    return matrix
+        if true in rows:
+            totals[rows[true]] += count
+            if guess in columns:
+                matrix[rows[true], columns[guess]] = count
+    names = [classes[i] for i in rows], [predicted[i] for i in columns]
+    return page.figure(
+        figures.confusion(matrix, totals, *names), "Confusion", remark, wide=len(rows) > 12
+    )
 
 
-def _confused(cells: Sequence[Sequence[int]], classes: Sequence[str], predicted) -> Html | None:
+def _places(names: Sequence[str], shown: Container[str]) -> dict[int, int]:
+    """Number of each name that is shown -> its place among them."""
+    kept = [number for number, name in enumerate(names) if name in shown]
+    return {number: place for place, number in enumerate(kept)}
+
+
+def _most_confused(cells: Cells, classes: Sequence[str], predicted: Sequence[str]) -> set[str]:
+    """Names of the classes that the most frequent mistakes are between."""
+    shown: set[str] = set()
+    for true, guess, _ in sorted(cells, key=lambda cell: -cell[2]):
+        pair = {classes[true], predicted[guess]}
+        if len(pair) == 2 and len(shown | pair) <= MOST_CONFUSED:
+            shown |= pair
+    return shown
+
+
+def _confused(cells: Cells, classes: Sequence[str], predicted) -> Html | None:
     totals: dict[int, int] = {}
     for true, _, count in cells:
         totals[true] = totals.get(true, 0) + count
@@ -111,7 +142,8 @@ def attention(page: Page, artefacts: Mapping[str, Any], *, run: int) -> list[Htm
         if one["kind"] in MAPS:
             maps.append(one)
         else:
-            others.append(el("figure", el("figcaption", el("strong", one["title"])), _png(one)))
+            caption = el("strong", one["title"].capitalize()), el("span", REMARKS.get(one["kind"]))
+            others.append(el("figure", el("figcaption", caption), _png(one)))
     content = []
     if maps:
         said = (

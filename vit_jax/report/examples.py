@@ -15,7 +15,8 @@ from vit_jax.evals import EVALS
 from vit_jax.evals.base import Live, Scores
 from vit_jax.report.artefacts import Example, gallery
 from vit_jax.report.markup import Html, el
-from vit_jax.report.page import note
+from vit_jax.report.page import note, or_why
+from vit_jax.report.runs import Run
 
 BATCH = 24  # images of a batch that are shown
 
@@ -76,11 +77,8 @@ def mistakes(found: Sequence[Mapping[str, Any]], section: Mapping[str, Any]) -> 
 def worst_mistakes(found: Sequence[Mapping[str, Any]], section: Mapping[str, Any]) -> list[Html]:
     """Their gallery, or why there is none; see `mistakes`."""
     said = "The most confident mistakes: the true class → what it was taken for."
-    try:
-        shown = [note(said), gallery(mistakes(found, section))]
-    except (OSError, ValueError) as error:
-        shown = [note(f"Not shown: {error}")]
-    return [el("h3", "Worst mistakes"), *shown]
+    shown = or_why(lambda: [note(said), gallery(mistakes(found, section))])
+    return [el("h3", "Worst mistakes"), shown]
 
 
 def eval_images(section: Mapping[str, Any], indices: Sequence[int]) -> list[np.ndarray]:
@@ -92,6 +90,28 @@ def eval_images(section: Mapping[str, Any], indices: Sequence[int]) -> list[np.n
     )
     augment = make_augmentation(**config_lib.plain(section["augment"]))
     return [augment(source[index], example_rng(index, seed=0))["image"] for index in indices]
+
+
+def batch(run: Run, data_dir: str = "") -> Any:
+    """The first images of the run's first batch, or why they are not shown.
+
+    Args:
+      run: whose batch it is.
+      data_dir: where the dataset is, if not where the run had it.
+    """
+    config = run.config | {"data": run.config.get("data", {}) | moved(data_dir)}
+    mixup = config.get("preprocess", {}).get("mixup")
+    said = f"The first images of the first batch of {run.name}, as the loader hands them over"
+    said += "; mixup follows on the device." if mixup else "."
+    class_names = run.record.get("dataset", {}).get("class_names", [])
+    if not class_names:
+        return note("Not shown: there is no run.json yet, which names the classes.")
+    return or_why(lambda: [note(said), gallery(first_batch(config, class_names))])
+
+
+def moved(data_dir: str) -> dict[str, str]:
+    """What a section of data gets from `--data_dir`."""
+    return {"data_dir": data_dir} if data_dir else {}
 
 
 def first_batch(config: Mapping[str, Any], class_names: Sequence[str]) -> list[Example]:

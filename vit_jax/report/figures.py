@@ -6,9 +6,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_POINTS = 2000  # a curve; more are thinned, see `thin`
+MAX_POINTS = 12_000  # of all curves of a figure; more are thinned, see `thin`
 
 Figure = dict[str, Any]
+
+
+def points(num_curves: int) -> int:
+    """How many a curve may have, beside so many others: never more than a screen can show."""
+    return max(min(2000, MAX_POINTS // max(num_curves, 1)), 200)
 
 
 class Curve(NamedTuple):
@@ -33,6 +38,7 @@ def curves(
     *,
     y: str,
     percent: bool = False,
+    zero: bool = False,
     markers: bool = False,
     group: str = "step",
     x: str = "step",
@@ -41,17 +47,18 @@ def curves(
 
     Args:
       found: the lines.
-      y: name of what is drawn.
+      y: what is drawn, and its unit.
       percent: whether it is a share.
+      zero: whether the axis begins at zero.
       markers: whether each point is marked, as few points should be.
       group: of figures whose x axes are the same.
       x: what the x axis is.
     """
     number = ":.2%" if percent else ":.4~g"
     hover = f"%{{fullData.name}}<br>{x} %{{x:,}}: %{{y{number}}}<extra></extra>"
-    traces, drawn = [], [y for curve in found for y in curve.y]
+    traces, drawn = [], [value for curve in found for value in curve.y]
     for curve in found:
-        xs, ys = thin(curve.x, curve.y)
+        xs, ys = thin(curve.x, curve.y, points(len(found)))
         traces.append(
             {
                 "type": "scatter",
@@ -66,14 +73,19 @@ def curves(
     axis = {"title": {"text": x}, "rangemode": "tozero", "ticklabeloverflow": "allow"}
     return {
         "data": traces,
-        "layout": {"xaxis": axis, "yaxis": _scale(percent) | (_around(drawn) if percent else {})},
+        "layout": {
+            "xaxis": axis,
+            "yaxis": _scale(percent, y)
+            | (_around(drawn) if percent and not zero else {})
+            | ({"rangemode": "tozero"} if zero else {}),
+        },
         "group": group,
         "label": y,
     }
 
 
-def _scale(percent: bool) -> dict[str, Any]:
-    return {"tickformat": "~%" if percent else "~g"}
+def _scale(percent: bool, title: str) -> dict[str, Any]:
+    return {"tickformat": "~%" if percent else "~g", "title": {"text": title}}
 
 
 def _around(values: Sequence[float | None]) -> dict[str, Any]:
@@ -86,7 +98,7 @@ def _around(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def thin(
-    xs: Sequence[float], ys: Sequence[float | None], limit: int = MAX_POINTS
+    xs: Sequence[float], ys: Sequence[float | None], limit: int
 ) -> tuple[list[float], list[float | None]]:
     """At most `limit` points: of each stretch the least, the greatest and a gap; spikes stay."""
     if len(xs) <= limit:
@@ -155,15 +167,17 @@ def reliability(
     }
 
 
-def confusion(matrix: np.ndarray, classes: Sequence[str], predicted: Sequence[str]) -> Figure:
+def confusion(
+    matrix: np.ndarray, totals: np.ndarray, classes: Sequence[str], predicted: Sequence[str]
+) -> Figure:
     """Shares of each true class by predicted class.
 
     Args:
       matrix: [true, predicted] counts.
+      totals: examples of each true class; more than its row's where some classes are left out.
       classes, predicted: names of its rows and columns.
     """
-    total = matrix.sum(1, keepdims=True)
-    share = matrix / np.maximum(total, 1)
+    share = matrix / np.maximum(totals, 1)[:, None]
     names = [[text(name) for name in each] for each in (classes, predicted)]
     ticks = [
         {
@@ -212,7 +226,8 @@ def by_layer(values: Sequence[Sequence[float]], *, run: int = 0) -> Figure:
       values: [layers][heads], pixels.
       run: number of the run.
     """
-    heads = [(layer, value) for layer, row in enumerate(values) for value in row]
+    known = [[value for value in row if value is not None] for row in values]
+    heads = [(layer, value) for layer, row in enumerate(known) for value in row]
     points = {
         "type": "scatter",
         "mode": "markers",
@@ -225,7 +240,7 @@ def by_layer(values: Sequence[Sequence[float]], *, run: int = 0) -> Figure:
         "type": "scatter",
         "mode": "lines",
         "x": list(range(len(values))),
-        "y": [sum(row) / len(row) for row in values],
+        "y": [sum(row) / len(row) if row else None for row in known],
         "meta": {"run": run, "variant": 0},
         "hovertemplate": "layer %{x}, mean: %{y:.3~g} pixels<extra></extra>",
     }
@@ -237,7 +252,7 @@ def by_layer(values: Sequence[Sequence[float]], *, run: int = 0) -> Figure:
                 "tickformat": "d",
                 "dtick": 1 + len(values) // 13,
             },
-            "yaxis": {"title": {"text": "pixels"}, "rangemode": "tozero"},
+            "yaxis": {"title": {"text": "distance (pixels)"}, "rangemode": "tozero"},
         },
         "label": "attention distance",
     }
@@ -254,31 +269,32 @@ class Point(NamedTuple):
     high: float | None = None
 
 
-def scatter(found: Sequence[Point], *, x: str, y: str, percent: bool, log: bool = True) -> Figure:
-    """Value against cost, one point a model."""
+def scatter(found: Sequence[Point], *, x: str, y: str, percent: bool) -> Figure:
+    """Value against cost; the checkpoints of a run are joined."""
     number = ":.2%" if percent else ":.4~g"
+    runs: dict[int, list[Point]] = {}
+    for point in sorted(found, key=lambda point: point.x):
+        runs.setdefault(point.run, []).append(point)
     traces = [
         {
             "type": "scatter",
-            "mode": "markers",
-            "x": [point.x],
-            "y": [point.y],
-            "error_y": _errors(point, point.y),
-            "name": text(point.name),
-            "meta": {"run": point.run, "variant": 0, "role": "point"},
-            "hovertemplate": (
-                f"%{{fullData.name}}<br>{x}: %{{x:,.4~s}}<br>%{{y{number}}}<extra></extra>"
-            ),
+            "mode": "lines+markers",
+            "x": [point.x for point in its],
+            "y": [point.y for point in its],
+            "error_y": _errors(its, [point.y for point in its]),
+            "text": [text(point.name) for point in its],
+            "meta": {"run": run, "variant": 0, "role": "point"},
+            "hovertemplate": f"%{{text}}<br>{x}: %{{x:,.4~s}}<br>%{{y{number}}}<extra></extra>",
         }
-        for point in found
+        for run, its in runs.items()
     ]
-    log = log and all(point.x > 0 for point in found)
+    costs = [point.x for point in found]
+    axis = {"title": {"text": x}, "tickformat": "~s", "nticks": 6}
+    if min(costs) > 0 and max(costs) >= 10 * min(costs):
+        axis |= {"type": "log", "title": {"text": f"{x}, logarithmic"}}
     return {
         "data": traces,
-        "layout": {
-            "xaxis": {"title": {"text": x}, "type": "log" if log else "linear"},
-            "yaxis": _scale(percent) | {"title": {"text": y}},
-        },
+        "layout": {"xaxis": axis, "yaxis": _scale(percent, y)},
         "label": f"{y} against {x}",
     }
 
@@ -292,7 +308,7 @@ def intervals(found: Sequence[Point], *, x: str, percent: bool) -> Figure:
             "mode": "markers",
             "x": [point.x],
             "y": [row],
-            "error_x": _errors(point, point.x),
+            "error_x": _errors([point], [point.x]),
             "name": text(point.name),
             "meta": {"run": point.run, "variant": 0, "role": "point"},
             "hovertemplate": f"%{{fullData.name}}<br>%{{x{number}}}<extra></extra>",
@@ -302,7 +318,7 @@ def intervals(found: Sequence[Point], *, x: str, percent: bool) -> Figure:
     return {
         "data": traces,
         "layout": {
-            "xaxis": _scale(percent) | {"title": {"text": x}},
+            "xaxis": _scale(percent, x),
             "yaxis": _rows([point.name for point in found]),
         },
         "label": x,
@@ -310,14 +326,15 @@ def intervals(found: Sequence[Point], *, x: str, percent: bool) -> Figure:
     }
 
 
-def _errors(point: Point, value: float) -> dict[str, Any]:
-    if point.low is None or point.high is None:
-        return {"visible": False}
+def _errors(found: Sequence[Point], values: Sequence[float]) -> dict[str, Any]:
+    """Bars from each value to the ends of its interval; none where there is no interval."""
+    lows = [value if p.low is None else p.low for p, value in zip(found, values, strict=True)]
+    highs = [value if p.high is None else p.high for p, value in zip(found, values, strict=True)]
     return {
         "type": "data",
         "symmetric": False,
-        "array": [point.high - value],
-        "arrayminus": [value - point.low],
+        "array": [high - value for high, value in zip(highs, values, strict=True)],
+        "arrayminus": [value - low for low, value in zip(lows, values, strict=True)],
         "thickness": 1.5,
         "width": 4,
     }
@@ -340,7 +357,7 @@ def bars(names: Sequence[str], values: Sequence[float], *, x: str, percent: bool
             }
         ],
         "layout": {
-            "xaxis": _scale(percent) | {"title": {"text": x}},
+            "xaxis": _scale(percent, x) | ({"range": [0, 1]} if percent else {}),
             "yaxis": _rows(names),
         },
         "label": x,
@@ -352,7 +369,7 @@ def _rows(names: Sequence[str]) -> dict[str, Any]:
     """An axis with a line for each name, the first on top; two may have the same name."""
     return {
         "tickvals": list(range(len(names))),
-        "ticktext": [text(short(name, 40)) for name in names],
+        "ticktext": [text(short(name, 64)) for name in names],
         "range": [len(names) - 0.5, -0.5],
         "automargin": True,
         "showgrid": False,

@@ -11,7 +11,7 @@ from etils import epath
 from vit_jax.config import check_top_level, load_run_config
 from vit_jax.data.sources import DatasetInfo
 from vit_jax.preprocess import HALF
-from vit_jax.report.markup import Cell, Html, table
+from vit_jax.report.markup import Cell, Html, el, table
 from vit_jax.report.page import note
 from vit_jax.report.runs import Run
 from vit_jax.sharding import CONFIG_AXES, Row, layout, place_tree
@@ -91,7 +91,8 @@ def layout_table(sizes: dict[str, int], rows: Sequence[Row]) -> list[Html]:
         "the same on every device."
     )
     heads = ["array", "of", "number", "shape", "type", "split over", "on a device", "note"]
-    return [note(said), table(heads, cells, sortable=True, class_="dense")]
+    found = table(heads, cells, sortable=True, class_="dense")
+    return [note(said), el("div", found, class_="tall")]
 
 
 def _split(name: str) -> tuple[str, str]:

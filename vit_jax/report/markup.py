@@ -5,6 +5,7 @@ import html
 import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,18 +83,19 @@ class Cell:
     Args:
       content: what is shown.
       order: what it sorts by; None for a cell of text.
-      class_: of the cell.
     """
 
-    def __init__(self, content: Any, order: float | None = None, class_: str | None = None):
-        self.content, self.order, self.class_ = content, order, class_
+    def __init__(self, content: Any, order: float | None = None):
+        self.content, self.order = content, order
 
 
 def _cell(cell: Any, kind: str | None) -> Html:
-    if isinstance(cell, Cell):
-        classes = " ".join(filter(None, (kind, cell.class_))) or None
-        return el("td", cell.content, data_order=cell.order, class_=classes)
-    return el("td", number(cell) if _is_number(cell) else cell, class_=kind)
+    if not isinstance(cell, Cell):
+        cell = Cell(number(cell), cell) if _is_number(cell) else Cell(cell)
+    order = cell.order
+    if order is not None and not math.isfinite(order):
+        order = ""  # one that is no number would make DataTables sort the column as text
+    return el("td", cell.content, data_order=order, class_=kind)
 
 
 def _is_number(cell: Any) -> bool:
@@ -109,6 +111,11 @@ def number(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def broken(name: str, at: str = ",/_") -> list[Any]:
+    """A name that may be broken behind these of its letters."""
+    return [[part, el("wbr")] for part in re.findall(f"[^{at}]*[{at}]|[^{at}]+", name)]
 
 
 def script_json(name: str, values: Mapping[str, Any]) -> Html:

@@ -10,7 +10,6 @@ const token = (name) => css.getPropertyValue(name).trim();
 // Runs beyond the palette get other dashes too.
 const colour = (run) => token(`--run-${run % COLOURS}`);
 const dash = (run, variant) => DASHES[(variant + Math.floor(run / COLOURS)) % DASHES.length];
-const hidden = new Set();
 
 function trace(values) {
   const { run = 0, variant = 0, role = "curve" } = values.meta ?? {};
@@ -20,7 +19,7 @@ function trace(values) {
   if (role === "bar") return { ...values, marker: { color: colour(run) } };
   return {
     ...values,
-    line: { color: colour(run), width: 1.8, dash: dash(run, variant) },
+    line: { color: colour(run), width: role === "point" ? 1 : 1.8, dash: dash(run, variant) },
     marker: { size: role === "point" ? 8 : 5, color: colour(run), line: { width: 0 }, ...values.marker },
     ...(values.error_x ? { error_x: { ...values.error_x, color: colour(run) } } : {}),
     ...(values.error_y ? { error_y: { ...values.error_y, color: colour(run) } } : {}),
@@ -30,7 +29,7 @@ function trace(values) {
 function layout(figure) {
   const several = new Set(figure.data.map((one) => one.meta?.variant ?? 0)).size > 1;
   const axis = (given = {}) => ({
-    ...{ gridcolor: token("--line"), zeroline: false, ticks: "", automargin: true },
+    ...{ gridcolor: token("--line"), zeroline: false, ticks: "", ticklabelstandoff: 5, automargin: true },
     ...given,
     title: { standoff: 8, ...given.title, font: { size: 12 } },
   });
@@ -59,7 +58,9 @@ const CONFIG = {
 };
 
 // Paper is narrower than the screen: figures are drawn anew in its size, and back.
-const PAPER = { wide: [690, 0], square: [420, 380], usual: [340, 205] };  // pixels at 96 an inch
+const PAPER = {  // pixels at 96 an inch
+  wide: [690, 0], square: [420, 380], "wide square": [640, 620], usual: [340, 205],
+};
 function forPaper() {
   for (const [name, figure] of Object.entries(data.figures)) {
     const plot = document.getElementById(name), kind = plot.closest("figure").className;
@@ -110,13 +111,18 @@ async function draw() {
 
 function chooseRuns() {
   for (const swatch of all(".swatch")) swatch.style.background = colour(+swatch.dataset.run);
-  for (const box of all("input[data-run]")) {
-    box.addEventListener("change", () => {
-      box.checked ? hidden.delete(+box.dataset.run) : hidden.add(+box.dataset.run);
-      for (const [name, figure] of Object.entries(data.figures)) {
-        const visible = figure.data.map((one) => !hidden.has(one.meta?.run));
-        Plotly.restyle(name, { visible });
-      }
+  const boxes = all("input[data-run]");
+  const show = () => {
+    const hidden = new Set(boxes.filter((box) => !box.checked).map((box) => +box.dataset.run));
+    for (const [name, figure] of Object.entries(data.figures)) {
+      Plotly.restyle(name, { visible: figure.data.map((one) => !hidden.has(one.meta?.run)) });
+    }
+  };
+  for (const box of boxes) box.addEventListener("change", show);
+  for (const button of all("button[data-runs]")) {
+    button.addEventListener("click", () => {
+      for (const box of boxes) box.checked = button.dataset.runs === "all";
+      show();
     });
   }
 }
@@ -131,10 +137,6 @@ async function sortTables() {
   }
 }
 
-for (const box of all("input[data-only-differences]")) {
-  const table = document.getElementById(box.dataset.onlyDifferences);
-  box.addEventListener("change", () => table.classList.toggle("only-differences", box.checked));
-}
 chooseRuns();
 await Promise.all([draw(), sortTables()]);
 addEventListener("beforeprint", forPaper);

@@ -6,7 +6,7 @@ import importlib.resources
 import importlib.util
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
@@ -18,6 +18,9 @@ LIBRARIES = {  # of the extra `report`: the script inside the package
     "plotly": "package_data/plotly.min.js",
     "itables": "html/dt_bundle.js",  # DataTables
 }
+
+
+FEW = 4  # runs that are switched one by one
 
 
 class Page:
@@ -47,7 +50,7 @@ class Page:
         rows = figure.get("rows")
         style = f"height: {min(90 + 26 * rows, 900)}px" if rows else None
         plot = el("div", id=name, class_="plot", style=style, role="img", aria_label=title)
-        kind = "wide" if wide else "square" if figure.get("square") else None
+        kind = " ".join(["wide"] * wide + ["square"] * bool(figure.get("square"))) or None
         return el("figure", _caption(title, note), plot, class_=kind)
 
     def render(self) -> str:
@@ -98,6 +101,7 @@ class Page:
         ]
 
     def _navigation(self) -> Html:
+        both = [el("button", word, type="button", data_runs=word) for word in ("all", "none")]
         links = [el("a", title, href=f"#{_anchor(title)}") for title, _ in self._sections]
         switches = [
             el(
@@ -108,6 +112,7 @@ class Page:
             )
             for number, name in enumerate(self.runs)
         ]
+        switches = [*(both if len(self.runs) > FEW else []), *switches]
         shown = el("div", switches, class_="runs") if len(self.runs) > 1 else None
         return el("nav", el("div", links, class_="links"), shown)
 
@@ -115,6 +120,14 @@ class Page:
 def note(text: str) -> Html:
     """A paragraph beside the matter: what is missing and why, what a figure leaves out."""
     return el("p", text, class_="note")
+
+
+def or_why(content: Callable[[], Any]) -> Any:
+    """The content, or a line on what is missing: a page of curves needs no dataset."""
+    try:
+        return content()
+    except (OSError, ValueError) as error:
+        return note(f"Not shown: {error}")
 
 
 def grid(*figures: Html, even: bool = False) -> Html:

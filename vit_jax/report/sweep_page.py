@@ -1,25 +1,26 @@
 """The page of a sweep: who is best at what and what it cost, and where the models differ."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from vit_jax.report import figures
+from vit_jax.report import figures, sections
 from vit_jax.report.artefacts import attention, classification
 from vit_jax.report.figures import Curve
-from vit_jax.report.leaderboard import Score, is_share, leaderboard, primary, say, span
-from vit_jax.report.markup import Cell, Html, el, number, table
+from vit_jax.report.leaderboard import Score, is_share, leaderboard, primary, span
+from vit_jax.report.markup import Cell, Html, broken, el, number, table
 from vit_jax.report.page import Page, grid, note
-from vit_jax.report.runs import Run, config_rows, is_run, read_run
+from vit_jax.report.runs import Run, is_run, read_run
 from vit_jax.sweep.store import Store
 from vit_jax.sweep.table import leaderboard as paired
 
 Result = Mapping[str, Any]
 
-CURVES = (("train/loss", "Training loss"), ("train/learning_rate", "Learning rate"))
 UNRANKED = ("attention",)  # protocols that describe a model
-MAX_LEAVES = 12  # that differ, side by side
+MAX_BATCHES = 3
 
 
 def sweep_page(workdir: epath.Path, *, examples: bool, data_dir: str = "") -> Page:
@@ -47,11 +48,20 @@ def sweep_page(workdir: epath.Path, *, examples: bool, data_dir: str = "") -> Pa
         _over_steps(page, competing)
     else:
         page.add("Leaderboard", note("There is no result yet."))
-    _training(page, runs)
+    found = list(runs.values())
+    if found:
+        sections.training(page, found)
+        sections.time(page, found)
+    if found and examples:
+        _batches(page, found, data_dir)
     for key in _groups(results):
         _models(page, key, results, runs, examples=examples, data_dir=data_dir)
     _failures(page, failures)
-    _configs(page, runs)
+    if found:
+        page.add("Configs", sections.differences({run.name: run.config for run in found}))
+        sections.environment(page, found)
+    else:
+        page.add("Runs", note("No run of these checkpoints can be read from here."))
     _numbers(page, scores)
     return page
 
@@ -74,10 +84,10 @@ def _facts(scores: Sequence[Score]) -> list[tuple[str, str]]:
     best: dict[tuple, Score] = {}
     for score in primary(scores):
         key = score.dataset, score.evaluation
-        if is_share(score.metric) and (key not in best or score.value > best[key].value):
+        if is_share(score.metric) and (key not in best or score.place < best[key].place):
             best[key] = score
     return [
-        (say(score.metric, score.value), f"best {score.evaluation} on {dataset}: {score.model}")
+        (score.said, f"best {score.evaluation} on {dataset}: {score.who}")
         for (dataset, _), score in list(best.items())[:6]
     ]
 
@@ -92,8 +102,6 @@ def scores_of(results: Sequence[Result]) -> list[Score]:
     for result in results:
         unit = result["unit"]
         for value in result["values"]:
-            if value["value"] is None:
-                continue
             key = unit["dataset"], unit["eval"], value["metric"], unit["checkpoint"], unit["step"]
             found.append(
                 Score(
@@ -102,7 +110,7 @@ def scores_of(results: Sequence[Result]) -> list[Score]:
                     dataset=unit["dataset"],
                     evaluation=unit["eval"],
                     metric=value["metric"],
-                    value=value["value"],
+                    value=math.nan if value["value"] is None else value["value"],
                     count=value["count"],
                     low=value["low"],
                     high=value["high"],
@@ -155,20 +163,6 @@ def _over_steps(page: Page, scores: Sequence[Score]) -> None:
         drawn.append(page.figure(figure, f"{evaluation} on {dataset}", metric))
     if drawn:
         page.add("Over steps", grid(*drawn, even=True))
-
-
-def _training(page: Page, runs: Mapping[str, Run]) -> None:
-    drawn = []
-    for key, title in CURVES:
-        found = [
-            Curve(name, page.runs.index(name), *run.series(key))
-            for name, run in runs.items()
-            if run.last(key) is not None
-        ]
-        if found:
-            drawn.append(page.figure(figures.curves(found, y=title), title))
-    if drawn:
-        page.add("Training", grid(*drawn, even=True))
 
 
 def _groups(results: Sequence[Result]) -> list[tuple[str, str]]:
@@ -234,30 +228,22 @@ def _failures(page: Page, failures: Mapping[str, Mapping[str, Any]]) -> None:
     page.add("Failures", said, table(["unit", "error"], rows))
 
 
-def _configs(page: Page, runs: Mapping[str, Run]) -> None:
-    if not runs:
-        page.add("Configs", note("No run of these checkpoints can be read from here."))
-        return
-    rows = config_rows({name: run.config for name, run in runs.items()})
-    differing = [(leaf, values) for leaf, values, differs in rows if differs]
-    shown = differing[:MAX_LEAVES]
+def _batches(page: Page, runs: Sequence[Run], data_dir: str) -> None:
+    """The first batch of a run of each recipe of data."""
+    from vit_jax.report.examples import batch
+
+    recipes: dict[str, list[Run]] = {}
+    for run in runs:
+        data = run.config.get("data", {}) | {"data_dir": ""}  # the same from anywhere
+        recipe = data, run.config.get("augment"), run.config.get("preprocess")
+        recipes.setdefault(json.dumps(recipe, sort_keys=True), []).append(run)
     content = []
-    if shown:
-        cells = [
-            [name, *(el("code", values[place]) for _, values in shown)]
-            for place, name in enumerate(runs)
-        ]
-        content += [
-            el("h3", "What differs"),
-            table(["run", *(leaf for leaf, _ in shown)], cells, sortable=True),
-        ]
-    if len(differing) > len(shown):
-        rest = ", ".join(leaf for leaf, _ in differing[MAX_LEAVES:])
-        content.append(note(f"These differ as well: {rest}."))
-    same = [[leaf, el("code", values[0])] for leaf, values, differs in rows if not differs]
-    title = "What they have in common" if len(runs) > 1 else "Config"
-    content += [el("h3", title), table(["leaf", "value"], same, class_="values")]
-    page.add("Configs", content)
+    for alike in list(recipes.values())[:MAX_BATCHES]:
+        heading = f"{alike[0].name}" + (f" and {len(alike) - 1} more" if alike[1:] else "")
+        content += [el("h3", heading) if len(recipes) > 1 else None, batch(alike[0], data_dir)]
+    if len(recipes) > MAX_BATCHES:
+        content.append(note(f"{len(recipes) - MAX_BATCHES} more recipes of data are not shown."))
+    page.add("A batch", content)
 
 
 def _numbers(page: Page, scores: Sequence[Score]) -> None:
@@ -269,7 +255,8 @@ def _numbers(page: Page, scores: Sequence[Score]) -> None:
         p_value = None if score.p_value is None else Cell(f"{score.p_value:.3g}", score.p_value)
         rows.append(
             [
-                *(score.model, score.step, score.dataset, score.evaluation, score.metric),
+                *(broken(score.model, ",/"), score.step, broken(score.dataset)),
+                *(broken(score.evaluation), broken(score.metric)),
                 *(score.shown, interval, score.count, p_value, seconds),
             ]
         )
@@ -278,4 +265,5 @@ def _numbers(page: Page, scores: Sequence[Score]) -> None:
     said = note(
         "p: of the paired test against the best of the same evaluation, where there is one."
     )
-    page.add("All numbers", said, table(heads, rows, sortable=True, class_="dense"))
+    found = table(heads, rows, sortable=True, class_="dense")
+    page.add("All numbers", said, el("div", found, class_="tall"))
