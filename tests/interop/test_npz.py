@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from flax import traverse_util
+from flax import nnx, traverse_util
 
 from tests.interop.models import assert_close, draw
+from tests.interop.mutations import MUTATIONS
 from vit_jax.interop import files, npz
 from vit_jax.interop.load import read_source
 from vit_jax.interop.spec import fill, make_model
@@ -118,6 +119,44 @@ def sincos(rows, columns, dim):
     return sincos2d(rows, columns, dim).astype(np.float32)
 
 
+IMAGES = np.random.default_rng(1).standard_normal((2, 16, 16, 3)).astype(np.float32)
+
+
+def reference(**options):
+    """Its parameters, loud and by flat names, and its logits of IMAGES."""
+    module, rng = Reference(**options), np.random.default_rng(0)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), IMAGES)["params"]
+    flat = {
+        name: draw(name, leaf.shape, rng)
+        for name, leaf in traverse_util.flatten_dict(shapes, sep="/").items()
+    }
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    return flat, jax.jit(module.apply)({"params": params}, IMAGES)
+
+
+def written(folder, flat, prefix=""):
+    """Those parameters as a file, read again."""
+    path = epath.Path(folder / "w.npz")
+    files.write_npz(path, {f"{prefix}{name}": array for name, array in flat.items()})
+    return read_source(path, image_size=(16, 16))  # which fixed positions do not tell
+
+
+def logits(read):
+    model = fill(make_model(read.spec), read.params)
+    graphdef, state = nnx.split(model)
+    return jax.jit(lambda state: nnx.merge(graphdef, state)(IMAGES))(state)
+
+
+@pytest.mark.parametrize("old, pool", [(True, "cls"), (False, "map")])
+def test_each_mistake_is_seen(old, pool, tmp_path):
+    flat, wanted = reference(old=old, pool=pool)
+    read = written(tmp_path, flat)
+    for mutation, mutate in MUTATIONS.items():
+        with pytest.raises(AssertionError, match="of the RMS"):
+            assert_close(logits(mutate(read)), wanted, "logits")
+            pytest.fail(mutation)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -130,23 +169,11 @@ def sincos(rows, columns, dim):
     ],
 )
 def test_names_and_numbers(options, tmp_path):
-    reference = Reference(**options)
-    images = np.random.default_rng(1).standard_normal((2, 16, 16, 3)).astype(np.float32)
-    shapes = jax.eval_shape(reference.init, jax.random.key(0), images)["params"]
-    rng = np.random.default_rng(0)
-    flat = {
-        name: draw(name, leaf.shape, rng)
-        for name, leaf in traverse_util.flatten_dict(shapes, sep="/").items()
-    }
-    params = traverse_util.unflatten_dict(flat, sep="/")
-    wanted = jax.jit(reference.apply)({"params": params}, images)
-    path = epath.Path(tmp_path / "w.npz")
-    prefix = "" if options["old"] else "params/"
-    files.write_npz(path, {f"{prefix}{name}": array for name, array in flat.items()})
-    read = read_source(path, image_size=(16, 16))  # which fixed positions do not tell
+    flat, wanted = reference(**options)
+    read = written(tmp_path, flat, prefix="" if options["old"] else "params/")
     assert read.spec.backbone["num_heads"] == 3  # an axis tells it
     assert not read.report.missing and not read.report.unexpected
-    assert_close(fill(make_model(read.spec), read.params)(images), wanted, "logits")
+    assert_close(logits(read), wanted, "logits")
     again = npz.export(read.params, read.spec)
     if options == {"old": False, "pool": "cls"}:  # a table without a row for the class token
         again["pos_embedding"] = again.pop("Transformer/posembed_input/pos_embedding")[:, 1:]

@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from tests.interop.models import VARIANTS, assert_close, draw, source, spec
+from tests.interop.mutations import MUTATIONS
 from tests.interop.real_timm import import_timm
 from vit_jax.interop import files
 from vit_jax.interop.export import export
@@ -290,21 +291,12 @@ def test_published_sizes_are_covered(name):
     assert {key: array.shape for key, array in params.items()} == wanted
 
 
-@pytest.fixture(scope="module")
-def mutations():
-    """Each wrong in one way; the table of Hugging Face's tests."""
-    pytest.importorskip("transformers")
-    from tests.interop.test_parity_huggingface import MUTATIONS
-
-    return MUTATIONS
-
-
 @pytest.mark.parametrize("name", [*READ][::2])
-def test_each_mistake_is_seen(saved, name, mutations):
+def test_each_mistake_is_seen(saved, name):
     model, folder = saved(name)
     source = read_source(folder)
     b = source.spec.backbone
-    for mutation, mutate in mutations.items():
+    for mutation, mutate in MUTATIONS.items():
         if "GELU" in mutation and b["mlp"] == "swiglu":
             continue  # it has none
         if mutation == "token order" and b["pos_embed"] != "learned":
