@@ -164,7 +164,7 @@ class AlwaysZero(nnx.Module):
 def test_padding_is_neither_right_nor_wrong(data_dir):
     recipe = {"name": "none", "size": (8, 8)}
     options = {"dataset": "digits", "data_dir": data_dir, "augment": recipe, "batch_size": 400}
-    results = Classification(**options).run(AlwaysZero(), put=lambda batch: batch)
+    results = Classification(**options).run(Functional.of(AlwaysZero()), put=lambda batch: batch)
     labels = np.array([record["label"] for record in read(data_dir)])
     assert results["top1"] == pytest.approx((labels == 0).mean())
     assert results["top5"] == pytest.approx((labels < 5).mean())

@@ -70,7 +70,7 @@ class Finder:
             raise ValueError(
                 f"checkpoints.steps={steps!r} must be 'all', 'last' or a list of steps."
             )
-        self._runs, self._models, self._steps, self._inside = runs, models, steps, inside
+        self._runs, self._models, self.steps, self._inside = runs, models, steps, inside
         self._known: dict[tuple, Checkpoint] = {}
 
     def runs(self) -> list[pathlib.Path]:
@@ -92,9 +92,9 @@ class Finder:
         found = []
         for path in [*own, *self.runs()]:
             on_disk = whole_steps(path)
-            wanted = on_disk if self._steps == "all" else on_disk[-1:]
-            if not isinstance(self._steps, str):
-                wanted = list(self._steps)
+            wanted = on_disk if self.steps == "all" else on_disk[-1:]
+            if not isinstance(self.steps, str):
+                wanted = list(self.steps)
             found += [self._of_run(path, step) for step in wanted]
         models = [path for pattern in self._models for path in _expand(pattern) or [pattern]]
         return found + [self._of_model(path) for path in dict.fromkeys(models)]
