@@ -205,6 +205,26 @@ def test_patterns_without_a_run_are_found(tmp_path):
     assert Finder(runs=patterns).missing() == patterns[1:]
 
 
+def test_a_watcher_waits_for_the_steps_that_are_listed(tmp_path):
+    config = write_run(tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"total_steps": 9}))
+    listed = {"runs": [str(tmp_path / "a")], "steps": [3, 6, 9]}
+    assert [found.step for found in Finder(**listed)()] == [3, 6, 9]
+    watching = Finder(**listed, watch=True)
+    assert [found.step for found in watching()] == [6]
+    (tmp_path / "a" / "checkpoints" / "9").mkdir()  # the run is at its end: 3 is missing
+    assert [found.step for found in watching()] == [3, 6, 9]
+
+
+def test_what_was_done_before_its_checkpoint_was_deleted_is_done(tmp_path):
+    store = lib.Store(tmp_path)
+    save(store, unit("with-weights"))
+    gone = {"checkpoint_digest": "unreadable"}
+    assert store.was_done(unit("without", **gone))
+    for other in ({"step": 4}, {"config_digest": "d"}, {"dataset_fingerprint": "f"}):
+        assert not store.was_done(unit("without", **gone, **other))
+
+
 HOLD = """
 import sys, time
 from vit_jax.sweep.store import Store

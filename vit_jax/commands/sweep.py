@@ -148,7 +148,8 @@ class _Tasks:
         for section in (*self._datasets.values(), *(run.data for run in self._runs.values())):
             name = section.get("dataset", section.get("name", ""))
             prepare_if_digits(name, data_dir=section.get("data_dir", "data"))
-        self._finder = call("checkpoints", Finder, config.checkpoints, inside=self._own)
+        derived = {"inside": self._own, "watch": values.watch}
+        self._finder = call("checkpoints", Finder, config.checkpoints, **derived)
         self._evaluator = Evaluator(store, self._datasets, self._evals, check_stop=stop.check)
 
     def missing(self) -> list[str]:
@@ -166,7 +167,11 @@ class _Tasks:
         more = any(run not in ready and not self._store.failed(_train_id(run)) for run in runs)
         watched = self._finder.runs() if self._watch else []
         more |= self._watch and (not watched or not all(map(finished, watched)))
-        units = make_units(self._finder(ready), self._datasets, self._evals)
+        units = [
+            (unit, checkpoint)
+            for unit, checkpoint in make_units(self._finder(ready), self._datasets, self._evals)
+            if not checkpoint.error or not self._store.was_done(unit)
+        ]
         to_train = [_train_id(run) for run in runs if run not in ready]
         self._store.save_plan(self._name, [u for u, _ in units], to_train, self._finder.steps)
         tasks = [

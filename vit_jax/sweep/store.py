@@ -119,6 +119,12 @@ class Store:
         """Whether there is a result."""
         return self._path("results", unit_id).exists()
 
+    def was_done(self, unit: Unit) -> bool:
+        """Whether there is a result of the unit from before its checkpoint was deleted."""
+        same = ("run", "step", "dataset", "eval", "config_digest", "dataset_fingerprint")
+        results = (result["unit"] for result in self.results().values())
+        return any(all(old.get(key) == getattr(unit, key) for key in same) for old in results)
+
     def failed(self, unit_id: str) -> bool:
         """Whether it failed and there is no result."""
         return self._path("failures", unit_id).exists()
