@@ -98,14 +98,14 @@ def test_scanned_and_looped_blocks_are_the_same_on_disk(data_dir, tmp_path):
     parts, init, scanned_abstract = parts_of(tiny(data_dir, model__scan=True))
     scanned = init()
     images = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
-    wanted = parts.model(scanned)(images)
+    wanted = parts.model(scanned).module()(images)
     with opened(tmp_path / "scanned") as checkpoints:
         checkpoints.save(1, scanned, {})
         checkpoints.wait()
         again, _ = checkpoints.restore(1, scanned_abstract)
         restored, _ = checkpoints.restore(1, looped_abstract)
     assert_same_bits(again, scanned)
-    np.testing.assert_allclose(looped.model(restored)(images), wanted, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(looped.model(restored).module()(images), wanted, atol=1e-6, rtol=0)
     with opened(tmp_path / "looped") as checkpoints:
         checkpoints.save(1, restored, {})
         checkpoints.wait()

@@ -436,7 +436,7 @@ def test_frozen_parameters_keep_every_bit(data_dir, tmp_path, scan):
     assert len(moments) == 4  # mu and nu of the head, of nothing else
     assert trainer.num_trained == sum(x.size for x in jax.tree.leaves(before.params))
     assert trainer.num_params > 10 * trainer.num_trained
-    wanted = trainer.parts.model(trainer.state)
+    wanted = trainer.parts.model(trainer.state).module()
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
     np.testing.assert_allclose(load(tmp_path / "run")(pixels), wanted(pixels), atol=1e-6)
 

@@ -14,7 +14,7 @@ from vit_jax.data.feed import Feed
 from vit_jax.data.sources import DatasetInfo, dataset_info
 from vit_jax.evals import EVALS
 from vit_jax.feeding import make_feed, pad_batch, put_batch
-from vit_jax.objectives import Model
+from vit_jax.models.model import Functional
 from vit_jax.sharding import make_mesh
 from vit_jax.train import abstract_state, make_parts
 
@@ -38,7 +38,7 @@ def fingerprints(info: DatasetInfo, evals: Mapping[str, Any]) -> dict[str, str]:
 
 def evaluate(
     evals: Mapping[str, Any],
-    model: Model,
+    model: Functional,
     mesh: jax.sharding.Mesh,
     check_stop: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:

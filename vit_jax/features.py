@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 
-from vit_jax.models.model import Model
+from vit_jax.models.model import Functional, Model
 
 FORMAT = 1  # of what is on disk; another one is another place
 
@@ -49,7 +48,7 @@ class Features(NamedTuple):
 
 
 def extract(
-    model: Model,
+    model: Functional,
     loader: Any,
     names: Sequence[str],
     *,
@@ -68,9 +67,8 @@ def extract(
     Raises:
       ValueError: the model has no such feature, or an example was lost.
     """
-    check_names(model, names)
-    graphdef, state = nnx.split(model)
-    run = functools.partial(_batch, tuple(names), graphdef, nnx.to_pure_dict(state))
+    check_names(model.module(), names)
+    run = functools.partial(_batch, tuple(names), *model)
     parts, pending = [], None
     with loader:
         total = len(loader.source)
@@ -118,9 +116,9 @@ def _fetch(batch: dict[str, jax.Array]) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _batch(names, graphdef, variables, batch) -> dict[str, jax.Array]:
+def _batch(names, build, variables, batch) -> dict[str, jax.Array]:
     """The named features of a batch, and all but the images as it is."""
-    model = nnx.merge(graphdef, variables)
+    model = build(variables)
     kept = {key: value for key, value in batch.items() if key != "image"}
     if set(names) <= {"logits"}:
         return kept | {"logits": model(batch["image"])}

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
 from vit_jax.data.augment import Augmentation, make_augmentation
 from vit_jax.data.folder import ENDINGS
 from vit_jax.data.loader import Loader, Records, each_once
-from vit_jax.models.model import Model
+from vit_jax.models.model import Functional, Model
 
 
 class Answer(NamedTuple):
@@ -106,8 +105,7 @@ def answers(
       augment: how images get the model's size.
       batch_size: the last batch is padded, so one program serves all.
     """
-    graphdef, state = nnx.split(model)
-    variables = nnx.to_pure_dict(state)
+    run = functools.partial(_apply, function, *Functional.of(model))
     batch_size = min(batch_size, len(records))
     loader = Loader(
         records,
@@ -120,7 +118,7 @@ def answers(
     pending = None
     with loader:
         for batch in loader:
-            values = _apply(function, graphdef, variables, batch["image"])
+            values = run(batch["image"])
             if pending is not None:  # fetched while the next batch is computed
                 yield _answer(*pending)
             pending = batch, values
@@ -138,8 +136,8 @@ def features(model: Model, images: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _apply(function, graphdef, variables, images) -> jax.Array:
-    return function(nnx.merge(graphdef, variables), images)
+def _apply(function, build, variables, images) -> jax.Array:
+    return function(build(variables), images)
 
 
 def _answer(batch: dict[str, np.ndarray], values: jax.Array) -> Answer:

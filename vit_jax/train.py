@@ -24,8 +24,9 @@ from vit_jax import config as config_lib
 from vit_jax.axes import gathered, named, splitting
 from vit_jax.data.sources import DatasetInfo
 from vit_jax.interop.start import start_from
+from vit_jax.models.model import Functional, Model
 from vit_jax.models.vit import make_vit
-from vit_jax.objectives import OBJECTIVES, Model, Objective
+from vit_jax.objectives import OBJECTIVES, Objective
 from vit_jax.optim import make_optimizer, names_filter, num_updates, trained_names, update_ema
 from vit_jax.preprocess import Preprocess, make_preprocess
 from vit_jax.sharding import (
@@ -115,6 +116,19 @@ class TrainState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class _ModelOf:
+    """What `Functional` builds the model of a train state by; equal for equal structures."""
+
+    backbone: nnx.GraphDef
+    objective: nnx.GraphDef
+
+    def __call__(self, variables: tuple[Any, Any]) -> Model:
+        params, rest = variables
+        merged = {name: nnx.merge(getattr(self, name), params[name], rest[name]) for name in params}
+        return merged["objective"].model(merged["backbone"])
+
+
+@dataclasses.dataclass(frozen=True)
 class Parts:
     """What a step needs and does not change: structure without arrays."""
 
@@ -152,10 +166,10 @@ class Parts:
         opt_state = self.optimizer.init(params)
         return TrainState(jnp.int32(0), params, non_trainable, opt_state, ema)
 
-    def model(self, state: TrainState) -> Model:
+    def model(self, state: TrainState) -> Functional:
         """What evaluation and export see: of the averaged parameters where there are any."""
-        backbone, objective = self.merge(state.ema or state.params, state.non_trainable)
-        return objective.model(backbone)
+        build = _ModelOf(self.graphdefs["backbone"], self.graphdefs["objective"])
+        return Functional(build, (state.ema or state.params, state.non_trainable))
 
 
 def train_step(

@@ -8,6 +8,7 @@ from tests.evals.test_classification import model
 from vit_jax.evals import EVALS, base
 from vit_jax.evaluation import evaluate, summary
 from vit_jax.features import FeatureCache, Features
+from vit_jax.models.model import Functional
 from vit_jax.sharding import make_mesh
 
 OPTIONS = {
@@ -25,7 +26,7 @@ def test_it_runs_in_a_training_loop(data_dir, name):
     options |= {"augment": {"name": "none", "size": (8, 8)}}
     evaluation = EVALS[name](**options, **OPTIONS[name])
     mesh = make_mesh(devices=jax.devices()[:2])
-    results = evaluate({"test": evaluation}, model(), mesh)
+    results = evaluate({"test": evaluation}, Functional.of(model()), mesh)
     assert all(isinstance(value, (int, float)) for value in results.values())
     if name == "attention":
         assert results["test/count"] == 3 and 0 <= results["test/distance_layer0"] < 8

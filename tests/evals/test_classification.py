@@ -17,8 +17,8 @@ from vit_jax.data.sources import load_source
 from vit_jax.evals import EVALS
 from vit_jax.evals.classification import Classification
 from vit_jax.models.heads import Head, make_pool
+from vit_jax.models.model import Functional, Model
 from vit_jax.models.vit import make_vit
-from vit_jax.objectives import Model
 from vit_jax.preprocess import Preprocess
 from vit_jax.sharding import make_mesh
 
@@ -43,7 +43,7 @@ def evaluate(data_dir, dataset="digits", devices=8, num_classes=10, batch_size=1
         dataset=dataset, data_dir=data_dir, augment=recipe, batch_size=batch_size, **options
     )
     mesh = make_mesh(devices=jax.devices()[:devices])
-    results = evaluation_lib.evaluate({"x": evaluation}, model(num_classes), mesh)
+    results = evaluation_lib.evaluate({"x": evaluation}, Functional.of(model(num_classes)), mesh)
     assert all(name.startswith("x/") for name in results)
     return {name.removeprefix("x/"): value for name, value in results.items()}
 
@@ -164,7 +164,7 @@ class AlwaysZero(nnx.Module):
 def test_padding_is_neither_right_nor_wrong(data_dir):
     recipe = {"name": "none", "size": (8, 8)}
     options = {"dataset": "digits", "data_dir": data_dir, "augment": recipe, "batch_size": 400}
-    results = Classification(**options).run(AlwaysZero(), put=lambda batch: batch)
+    results = Classification(**options).run(Functional.of(AlwaysZero()), put=lambda batch: batch)
     labels = np.array([record["label"] for record in read(data_dir)])
     assert results["top1"] == pytest.approx((labels == 0).mean())
     assert results["top5"] == pytest.approx((labels < 5).mean())
@@ -181,7 +181,7 @@ def test_an_example_that_is_lost_or_counted_twice_is_an_error(data_dir, change):
         return batch | {"mask": change(batch["mask"])}
 
     with pytest.raises(ValueError, match=r"counted (0|400) \+ 0 rejected of 360"):
-        Classification(**options).run(model(), put=put)
+        Classification(**options).run(Functional.of(model()), put=put)
 
 
 def test_it_can_be_stopped_at_every_batch(data_dir):
@@ -198,7 +198,9 @@ def test_it_can_be_stopped_at_every_batch(data_dir):
     recipe = {"name": "none", "size": (8, 8)}
     options = {"dataset": "digits", "data_dir": data_dir, "augment": recipe, "batch_size": 120}
     with pytest.raises(Stop):
-        Classification(**options).run(model(), put=lambda batch: batch, check_stop=check_stop)
+        Classification(**options).run(
+            Functional.of(model()), put=lambda batch: batch, check_stop=check_stop
+        )
 
 
 def test_it_is_found_by_name():

@@ -34,6 +34,19 @@ def test_each_of_the_grid_is_as_if_trained_alone(data):
             np.testing.assert_allclose(together.bias[choice, number], alone.bias[0, 0], atol=1e-5)
 
 
+def test_it_is_to_the_bit_where_training_is_not_stable():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((600, 48)) @ (rng.standard_normal((48, 48)) * 0.9 ** np.arange(48))
+    label = (x[:, :5] + rng.standard_normal((600, 5))).argmax(axis=1).astype(np.int32)
+    grid = [(rate, decay) for rate in (0.1, 1.0, 30.0) for decay in (0.0, 1e-2, 1e-1)]
+    together, _ = train([x], label, grid)
+    assert np.abs(together.weights[0, -3:]).max() > 10
+    for number in (0, 4, 6, 8):
+        alone, _ = train([x], label, [grid[number]])
+        np.testing.assert_array_equal(together.weights[0, number], alone.weights[0, 0])
+        np.testing.assert_array_equal(together.bias[0, number], alone.bias[0, 0])
+
+
 def test_one_step_is_gradient_descent_by_hand(data):
     (x, _), label = data
     probes, (x, _) = train([x, x], label, [(0.5, 0.2)], num_steps=2)

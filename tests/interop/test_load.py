@@ -33,7 +33,7 @@ def trained(data_dir, tmp_path_factory):
 def test_a_run_answers_what_its_trainer_answers(trained, tmp_path):
     trainer, workdir = trained
     pixels = images(size=(8, 8))
-    wanted = trainer.parts.model(trainer.state)(pixels)
+    wanted = trainer.parts.model(trainer.state).module()(pixels)
     step = trainer.step
     for path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / str(step)):
         np.testing.assert_allclose(vit_jax.load(path)(pixels), wanted, atol=1e-6)

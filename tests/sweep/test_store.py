@@ -1,9 +1,12 @@
+import errno
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow.parquet as pq
 import pytest
@@ -76,10 +79,73 @@ def test_what_the_file_no_longer_asks_for_is_orphaned(tmp_path):
     for each in units:
         save(store, each)
     assert len(store.current()[0]) == 5  # nothing is known yet
-    store.save_plan([unit("asked"), unit("new", eval="fewshot")])
+    store.save_plan("a", [unit("asked"), unit("new", eval="fewshot")])
     kept, orphaned = (sorted(r["unit"]["id"] for r in part) for part in store.current())
     assert kept == ["asked", "deleted"]
     assert orphaned == ["run", "setting", "weights"]
+
+
+@pytest.mark.parametrize(("steps", "kept"), [("all", "ad"), ("last", "a"), ([3], "a"), ([1], "ad")])
+def test_other_steps_are_orphaned(tmp_path, steps, kept):
+    store = lib.Store(tmp_path)
+    save(store, unit("a"))
+    save(store, unit("d", step=1))  # its checkpoint is gone
+    store.save_plan("sweep", [unit("a")], steps=steps)
+    found, orphaned = ("".join(r["unit"]["id"] for r in part) for part in store.current())
+    assert (found, orphaned) == (kept, "ad"[len(kept) :])
+
+
+def test_two_files_share_a_folder(tmp_path):
+    store = lib.Store(tmp_path)
+    for name in ("one", "two", "both", "none"):
+        save(store, unit(name))
+    store.save_plan("first", [unit("one"), unit("both")])
+    store.save_plan("second", [unit("two"), unit("both")])
+    kept, orphaned = (sorted(r["unit"]["id"] for r in part) for part in store.current())
+    assert kept == ["both", "one", "two"] and orphaned == ["none"]
+    store.save_failure("x", "why", "where")
+    assert not store.current_failures()
+    store.save_plan("first", [unit("one"), unit("x")])  # it was changed
+    assert [r["unit"]["id"] for r in store.current()[1]] == ["none"]
+    assert list(store.current_failures()) == ["x"]
+    store.save_plan("second", [unit("two")])
+    assert [r["unit"]["id"] for r in store.current()[1]] == ["both", "none"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_that_try_one_succeeds(tmp_path, monkeypatch, links):
+    def link(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(lib.os, "link", link)
+    store, barrier = lib.Store(tmp_path), threading.Barrier(8)
+
+    def attempt(number):
+        barrier.wait()
+        with store.lease("a") as mine:
+            barrier.wait()  # nobody gives it back before all have tried
+            return mine and save(store, unit(), value("top1", number))
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            mine = list(pool.map(attempt, range(8)))
+            assert mine.count(False) >= 7
+            assert not list((tmp_path / "leases").iterdir())
+    assert not save(store, unit(), value("top1", 9.0))
+    assert store.results()["a"]["values"][0]["value"] < 8
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["a.json"]
+
+
+def test_a_lease_that_was_created_and_not_written_ends_as_others_do(tmp_path):
+    store, path = lib.Store(tmp_path), tmp_path / "leases" / "a"
+    path.touch()
+    with store.lease("a") as mine:
+        assert not mine
+    past = time.time() - lib.EXPIRED - 5
+    os.utime(path, (past, past))
+    with store.lease("a") as mine:
+        assert mine
 
 
 def test_a_dataset_that_was_prepared_again_is_another_one(tmp_path):
@@ -91,7 +157,7 @@ def test_a_dataset_that_was_prepared_again_is_another_one(tmp_path):
     # What is in one table after all is not taken for the same examples.
     board = table.leaderboard(store.current()[0])
     assert len(board) == 3 and [row["p_value"] for row in board] == [None] * 3
-    store.save_plan([unit("after", **new)])
+    store.save_plan("a", [unit("after", **new)])
     kept, orphaned = (sorted(r["unit"]["id"] for r in part) for part in store.current())
     assert kept == ["after"] and orphaned == ["before", "gone"]
 
@@ -101,11 +167,11 @@ def test_failures_that_are_no_longer_asked_for_do_not_count(tmp_path):
     for name in ("asked", "dropped", "train-asked", "train-dropped"):
         store.save_failure(name, "why", "where")
     assert len(store.current_failures()) == 4  # nothing is known yet
-    store.save_plan([unit("asked"), unit("other")], ["train-asked"])
+    store.save_plan("a", [unit("asked"), unit("other")], ["train-asked"])
     assert sorted(store.current_failures()) == ["asked", "train-asked"]
     with pytest.raises(ValueError, match="2 units failed, 0 are done"):
         sweep._finish(store)
-    store.save_plan([unit("other")])
+    store.save_plan("a", [unit("other")])
     assert sweep._finish(store) == 0
 
 
@@ -137,6 +203,26 @@ def test_patterns_without_a_run_are_found(tmp_path):
     (tmp_path / "b").mkdir()
     patterns = [f"{tmp_path}/{name}" for name in ("*", "b", "c*")]
     assert Finder(runs=patterns).missing() == patterns[1:]
+
+
+def test_a_watcher_waits_for_the_steps_that_are_listed(tmp_path):
+    config = write_run(tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"total_steps": 9}))
+    listed = {"runs": [str(tmp_path / "a")], "steps": [3, 6, 9]}
+    assert [found.step for found in Finder(**listed)()] == [3, 6, 9]
+    watching = Finder(**listed, watch=True)
+    assert [found.step for found in watching()] == [6]
+    (tmp_path / "a" / "checkpoints" / "9").mkdir()  # the run is at its end: 3 is missing
+    assert [found.step for found in watching()] == [3, 6, 9]
+
+
+def test_what_was_done_before_its_checkpoint_was_deleted_is_done(tmp_path):
+    store = lib.Store(tmp_path)
+    save(store, unit("with-weights"))
+    gone = {"checkpoint_digest": "unreadable"}
+    assert store.was_done(unit("without", **gone))
+    for other in ({"step": 4}, {"config_digest": "d"}, {"dataset_fingerprint": "f"}):
+        assert not store.was_done(unit("without", **gone, **other))
 
 
 HOLD = """

@@ -87,7 +87,7 @@ def parse_with_config(
     Raises:
       ValueError: no --config, an unknown key (the nearest is named), or a value of a wrong type.
     """
-    text, rest = _take_config(list(argv))
+    text, rest = take_config(list(argv))
     if text is None:
         parse(rest, define, usage=usage)  # answers --help
         raise ValueError("--config is missing: give a file or a recipe, like --config=digits.")
@@ -109,7 +109,8 @@ def parse_with_config(
     return values, values.config
 
 
-def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
+def take_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """What --config names (None without it), and the other arguments."""
     for index, argument in enumerate(argv):
         if argument in ("--config", "-config") and index + 1 < len(argv):
             return argv[index + 1], argv[:index] + argv[index + 2 :]

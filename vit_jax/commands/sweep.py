@@ -15,7 +15,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from vit_jax.commands.config_flag import load_config, load_sweep, parse_with_config
+from vit_jax.commands.config_flag import load_config, load_sweep, parse_with_config, take_config
 from vit_jax.commands.flags import parse
 from vit_jax.config import call, flatten
 from vit_jax.exit_codes import EXIT_PREEMPTED
@@ -28,7 +28,8 @@ USAGE = """vit-jax sweep: evaluates many checkpoints, each thing once, and train
   vit-jax sweep --workdir=sweeps/digits --results [--pivot=metric|dataset|eval|step] [--csv]
 
 Stopped or killed at any time, the same command goes on. Started again elsewhere on the same folder,
-it shares the work."""
+it shares the work. Files of different names may share a folder, too; one that was changed is the
+same sweep, and results that it no longer asks for are kept and said."""
 
 SECTIONS = {"checkpoints", "datasets", "evals", "training"}
 NICENESS = 19  # of a watcher: the training beside it goes first
@@ -45,6 +46,11 @@ def main(argv: list[str]) -> int:
     _check_flags(values)
     _check_sections(config)
     return _run(values, config, argv)
+
+
+def _name(argv: list[str]) -> str:
+    """Of the sweep's file, without folder, ending and argument."""
+    return pathlib.Path(take_config(list(argv))[0].partition(":")[0]).stem
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -82,7 +88,7 @@ def _run(values: flags.FlagValues, config: ConfigDict, argv: list[str]) -> int:
     stop = StopSignal()
     children = [_start_child(argv, number) for number in range(1, values.num_workers)]
     try:
-        store = _work(values, config, stop, children)
+        store = _work(values, config, stop, _name(argv))
     except Preempted:
         print(f"stopped by signal {stop.received}; the same command goes on from here.", flush=True)
         return EXIT_PREEMPTED
@@ -94,7 +100,7 @@ def _run(values: flags.FlagValues, config: ConfigDict, argv: list[str]) -> int:
     return _finish(store)
 
 
-def _work(values, config, stop, children=(), number: int = 0) -> Any:
+def _work(values, config, stop, name: str, number: int = 0) -> Any:
     """Works as one worker until nothing is left; answers the store."""
     from vit_jax.runtime import enable_compilation_cache
     from vit_jax.sweep.store import Store
@@ -108,7 +114,7 @@ def _work(values, config, stop, children=(), number: int = 0) -> Any:
         for unit in store.failures():
             store.forget_failure(unit)
     enable_compilation_cache()
-    tasks = _Tasks(values, config, store, stop)
+    tasks = _Tasks(values, config, store, stop, name)
     if not number and (missing := tasks.missing()):
         said = f"checkpoints.runs: {', '.join(map(repr, missing))} matches no run (a folder with a "
         said += "config.json)"
@@ -130,19 +136,20 @@ def _work(values, config, stop, children=(), number: int = 0) -> Any:
 class _Tasks:
     """What there is to do, found anew whenever a worker asks."""
 
-    def __init__(self, values: flags.FlagValues, config: ConfigDict, store: Any, stop: Any):
+    def __init__(self, values: Any, config: ConfigDict, store: Any, stop: Any, name: str):
         from vit_jax.data.prepare import prepare_if_digits
         from vit_jax.sweep.checkpoints import Finder
         from vit_jax.sweep.units import Evaluator
 
-        self._config, self._store, self._stop, self._watch = config, store, stop, values.watch
+        self._store, self._stop, self._watch, self._name = store, stop, values.watch, name
         self._own = store.folder / "runs"
         self._runs = call("training", make_runs, config.training) if config.training else {}
         self._datasets, self._evals = config.datasets.to_dict(), config.evals.to_dict()
         for section in (*self._datasets.values(), *(run.data for run in self._runs.values())):
             name = section.get("dataset", section.get("name", ""))
             prepare_if_digits(name, data_dir=section.get("data_dir", "data"))
-        self._finder = call("checkpoints", Finder, config.checkpoints, inside=self._own)
+        derived = {"inside": self._own, "watch": values.watch}
+        self._finder = call("checkpoints", Finder, config.checkpoints, **derived)
         self._evaluator = Evaluator(store, self._datasets, self._evals, check_stop=stop.check)
 
     def missing(self) -> list[str]:
@@ -160,9 +167,13 @@ class _Tasks:
         more = any(run not in ready and not self._store.failed(_train_id(run)) for run in runs)
         watched = self._finder.runs() if self._watch else []
         more |= self._watch and (not watched or not all(map(finished, watched)))
-        units = make_units(self._finder(ready), self._datasets, self._evals)
+        units = [
+            (unit, checkpoint)
+            for unit, checkpoint in make_units(self._finder(ready), self._datasets, self._evals)
+            if not checkpoint.error or not self._store.was_done(unit)
+        ]
         to_train = [_train_id(run) for run in runs if run not in ready]
-        self._store.save_plan([unit for unit, _ in units], to_train)
+        self._store.save_plan(self._name, [u for u, _ in units], to_train, self._finder.steps)
         tasks = [
             Task(
                 unit.id,
@@ -269,7 +280,7 @@ def _child(argv: list[str], number: int) -> None:
     stop = StopSignal()
     values, config = parse_with_config(argv, _define, usage=USAGE, load=load_sweep)
     with contextlib.suppress(Preempted):
-        _work(values, config, stop, number=number)
+        _work(values, config, stop, _name(argv), number=number)
 
 
 def _end_with_parent() -> None:

@@ -7,7 +7,6 @@ import io
 
 import jax
 import numpy as np
-from flax import nnx
 from PIL import Image
 
 from vit_jax.evals.base import Evaluation, Reader, Scores, Value
@@ -42,9 +41,8 @@ class AttentionFigures(Evaluation):
         for each patch) and 'filters' (principal components of the patch embedding).
         """
         model, images = reader.model, self._images()
-        graphdef, state = nnx.split(model)
-        weights = np.asarray(_weights(graphdef, nnx.to_pure_dict(state), images))
-        backbone = model.backbone
+        weights = np.asarray(_weights(*model, images))
+        backbone = model.module().backbone
         distance = mean_distance(weights, backbone.grid, backbone.patch_size)
         values = [
             Value(f"distance_layer{layer}", float(heads.mean()), len(images))
@@ -65,8 +63,8 @@ class AttentionFigures(Evaluation):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _weights(graphdef, variables, images) -> jax.Array:
-    model = nnx.merge(graphdef, variables)
+def _weights(build, variables, images) -> jax.Array:
+    model = build(variables)
     return model.backbone.attention(model.preprocess(images))
 
 

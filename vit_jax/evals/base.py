@@ -6,13 +6,13 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from flax import nnx
 
 from vit_jax.data.augment import make_augmentation
 from vit_jax.data.feed import WHOLE, Feed
 from vit_jax.data.loader import Loader, make_eval_loader
 from vit_jax.data.sources import dataset_info
 from vit_jax.features import Features, extract
+from vit_jax.models.model import Functional
 
 Put = Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
 
@@ -42,7 +42,7 @@ class Scores(NamedTuple):
 class Reader(Protocol):
     """Where an evaluation gets what it scores."""
 
-    model: nnx.Module
+    model: Functional
 
     def features(self, evaluation: "Evaluation", split: str) -> Features:
         """The features that `evaluation.wants` of a split."""
@@ -163,7 +163,7 @@ class Evaluation:
 
     def run(
         self,
-        model: nnx.Module,
+        model: Functional,
         *,
         put: Put,
         check_stop: Callable[[], None] = lambda: None,
@@ -198,7 +198,7 @@ def num_not_finite(values: np.ndarray) -> int:
 class Live:
     """Reads from a model at hand; nothing is kept."""
 
-    def __init__(self, model: nnx.Module, put: Put, check_stop: Callable[[], None]):
+    def __init__(self, model: Functional, put: Put, check_stop: Callable[[], None]):
         self.model, self._put, self._check_stop = model, put, check_stop
 
     def features(self, evaluation: Evaluation, split: str) -> Features:

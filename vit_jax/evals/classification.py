@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from vit_jax.data.loader import HOST_ONLY
 from vit_jax.evals.base import Evaluation, Put, Reader, Scores, Value
 from vit_jax.evals.intervals import bootstrap, pack_bits
 from vit_jax.features import Features
 from vit_jax.losses import softmax_cross_entropy
+from vit_jax.models.model import Functional
 
 NUM_BINS = 15
 NUM_MISTAKES = 24
@@ -61,7 +61,7 @@ class Classification(Evaluation):
 
     def run(
         self,
-        model: nnx.Module,
+        model: Functional,
         *,
         put: Put,
         check_stop: Callable[[], None] = lambda: None,
@@ -78,15 +78,13 @@ class Classification(Evaluation):
         """
         if self.subset or self.labels:
             return super().run(model, put=put, check_stop=check_stop)
-        graphdef, state = nnx.split(model)
-        variables = nnx.to_pure_dict(state)
         sums, pending = np.zeros(5), None
         with self.loader(self.split) as loader:
             for batch in loader:
                 check_stop()
                 arrays = {key: value for key, value in batch.items() if key not in HOST_ONLY}
                 arrays["rejected"] = batch["error"] != ""
-                dispatched = _batch_sums(graphdef, variables, put(arrays))
+                dispatched = _batch_sums(*model, put(arrays))
                 if pending is not None:  # fetched while the next batch is computed
                     sums += np.asarray(pending, np.float64)
                 pending = dispatched
@@ -398,9 +396,9 @@ def example_names(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _batch_sums(graphdef, variables, batch) -> jax.Array:
+def _batch_sums(build, variables, batch) -> jax.Array:
     """[5] float32: correct at 1, at 5, loss, count over the valid examples; count of rejected."""
-    logits, mask = nnx.merge(graphdef, variables)(batch["image"]), batch["mask"]
+    logits, mask = build(variables)(batch["image"]), batch["mask"]
     num_classes = logits.shape[-1]
     _, best = jax.lax.top_k(logits, min(5, num_classes))  # [batch, 5], ties by lowest index
     hits = (best == batch["label"][:, None]) & mask[:, None]

@@ -42,7 +42,7 @@ def read_run(workdir: epath.Path, *, step: int | None = None) -> tuple:
             parts, init = make_parts(config, _info(meta))
         mesh = make_mesh(devices=jax.local_devices()[:1])  # each process reads all
         state, _ = checkpoints.restore(step, abstract_state(init, mesh))
-    model = parts.model(state)
+    model = parts.model(state).module()
     params = params_of(model)
     report = Report(layout=f"vit_jax checkpoint {step}", matched=len(params))
     spec = spec_of(model, tuple(meta["dataset"]["class_names"]))

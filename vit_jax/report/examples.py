@@ -13,6 +13,7 @@ from vit_jax.data.order import example_rng
 from vit_jax.data.sources import load_source
 from vit_jax.evals import EVALS
 from vit_jax.evals.base import Live, Scores
+from vit_jax.models.model import Functional
 from vit_jax.report.artefacts import Example, gallery
 from vit_jax.report.markup import Html, el
 from vit_jax.report.page import note, or_why
@@ -50,7 +51,7 @@ def score(
     def put(batch):
         return {key: jnp.asarray(value) for key, value in batch.items()}
 
-    return evaluation.measure(Live(model, put, lambda: None))
+    return evaluation.measure(Live(Functional.of(model), put, lambda: None))
 
 
 def mistakes(found: Sequence[Mapping[str, Any]], section: Mapping[str, Any]) -> list[Example]:

@@ -50,6 +50,7 @@ class Finder:
       models: whatever `vit_jax.load` reads, globs allowed.
       steps: 'all' that are on disk, 'last', or a list of steps of each run.
       inside: folder of the sweep's own runs; they are named by what differs.
+      watch: whether listed steps are left out while a run has not come to them.
 
     Raises:
       ValueError: steps that are none of these.
@@ -62,6 +63,7 @@ class Finder:
         models: Sequence[str] = (),
         steps: str | Sequence[int] = "all",
         inside: pathlib.Path | None = None,
+        watch: bool = False,
     ):
         for name, value in (("runs", runs), ("models", models)):
             if isinstance(value, str):
@@ -70,7 +72,8 @@ class Finder:
             raise ValueError(
                 f"checkpoints.steps={steps!r} must be 'all', 'last' or a list of steps."
             )
-        self._runs, self._models, self._steps, self._inside = runs, models, steps, inside
+        self._runs, self._models, self.steps, self._inside = runs, models, steps, inside
+        self._watch = watch
         self._known: dict[tuple, Checkpoint] = {}
 
     def runs(self) -> list[pathlib.Path]:
@@ -92,9 +95,10 @@ class Finder:
         found = []
         for path in [*own, *self.runs()]:
             on_disk = whole_steps(path)
-            wanted = on_disk if self._steps == "all" else on_disk[-1:]
-            if not isinstance(self._steps, str):
-                wanted = list(self._steps)
+            wanted = on_disk if self.steps == "all" else on_disk[-1:]
+            if not isinstance(self.steps, str):
+                waiting = self._watch and not finished(path)
+                wanted = [step for step in self.steps if step in on_disk or not waiting]
             found += [self._of_run(path, step) for step in wanted]
         models = [path for pattern in self._models for path in _expand(pattern) or [pattern]]
         return found + [self._of_model(path) for path in dict.fromkeys(models)]

@@ -3,7 +3,7 @@
   results/<unit>.json   written whole and never again: the only truth about a unit
   failures/<unit>.json  the error of a unit that failed, and where it came from
   leases/<unit>         who works at it now; an optimisation: two that do the same do no harm
-  sweep.json            what the sweep's file asks for by now: tells orphaned results
+  plans/<name>.json     what the sweep's file of that name asks for by now: tells orphaned results
   features/, runs/      see `vit_jax/features.py` and the sweep's `training` section
 
 A result file holds
@@ -16,11 +16,14 @@ A result file holds
    "seconds": …, "time": …, "worker": "host:pid"}
 
 `low` and `high` are the ends of a 95% interval. There is no database: on a shared folder only
-creating, linking and renaming files can be trusted.
+creating and renaming files can be trusted. Of two workers that end the same unit (one was thought
+dead) the first one's result stays; where there are no hard links, one that was written in the same
+moment may replace it, whole and of the same numbers.
 """
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -33,7 +36,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 FORMAT = 1
-PLAN = "sweep.json"
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}  # of this file system
 HEARTBEAT = 5.0  # seconds
 EXPIRED = (
     60.0  # seconds without one, on another machine; a dead process of this one is seen at once
@@ -72,6 +75,29 @@ class Unit:
     dataset_fingerprint: str = ""
 
 
+class _Plan:
+    """What a sweep's file asks for; see `Store.save_plan`."""
+
+    def __init__(self, noted: Mapping[str, Any]):
+        self.tasks = set(noted["tasks"])
+        self._datasets, self._steps = noted["datasets"], noted["steps"]
+        self._settings = set(map(tuple, noted["settings"]))
+        self._runs, self._checkpoints = set(noted["runs"]), set(noted["checkpoints"])
+
+    def asks_for(self, unit: Mapping[str, Any]) -> bool:
+        """Whether it does, or would if the unit's checkpoint had not been deleted."""
+        if unit["id"] in self.tasks:
+            return True
+        settings = unit["dataset"], unit["eval"], unit["config_digest"]
+        return (
+            settings in self._settings
+            and unit.get("dataset_fingerprint") == self._datasets.get(unit["dataset"])
+            and unit["run"] in self._runs
+            and f"{unit['run']}@{unit['step']}" not in self._checkpoints
+            and (self._steps == "all" or (self._steps != "last" and unit["step"] in self._steps))
+        )
+
+
 class Store:
     """The files of a sweep in `folder`, which many processes may use at once.
 
@@ -85,13 +111,19 @@ class Store:
                 f"--workdir={folder} must be a local or mounted folder: workers share it."
             )
         self.folder = pathlib.Path(folder)
-        for name in ("results", "failures", "leases"):
+        for name in ("results", "failures", "leases", "plans"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
 
     def done(self, unit_id: str) -> bool:
         """Whether there is a result."""
         return self._path("results", unit_id).exists()
+
+    def was_done(self, unit: Unit) -> bool:
+        """Whether there is a result of the unit from before its checkpoint was deleted."""
+        same = ("run", "step", "dataset", "eval", "config_digest", "dataset_fingerprint")
+        results = (result["unit"] for result in self.results().values())
+        return any(all(old.get(key) == getattr(unit, key) for key in same) for old in results)
 
     def failed(self, unit_id: str) -> bool:
         """Whether it failed and there is no result."""
@@ -105,8 +137,21 @@ class Store:
         """
         return dict(sorted((path.stem, read_result(path)) for path in self._files("results")))
 
-    def save_plan(self, units: Sequence[Unit], tasks: Sequence[str] = ()) -> None:
-        """Notes what the sweep's file asks for: units, and other tasks by id; see `current`."""
+    def save_plan(
+        self,
+        name: str,
+        units: Sequence[Unit],
+        tasks: Sequence[str] = (),
+        steps: str | Sequence[int] = "all",
+    ) -> None:
+        """Notes what the sweep's file `name` asks for, instead of what it did; see `current`.
+
+        Args:
+          name: of the file; several may share the folder.
+          units: that there are now.
+          tasks: others, by id.
+          steps: of the runs' checkpoints, see `Finder`.
+        """
         plan = {
             "format": FORMAT,
             "tasks": sorted([*(unit.id for unit in units), *tasks]),
@@ -114,51 +159,42 @@ class Store:
             "settings": sorted({(unit.dataset, unit.eval, unit.config_digest) for unit in units}),
             "runs": sorted({unit.run for unit in units}),
             "checkpoints": sorted({f"{unit.run}@{unit.step}" for unit in units}),
+            "steps": steps if isinstance(steps, str) else list(steps),
         }
         text = json.dumps(plan, indent=1)
-        path = self.folder / PLAN
+        path = self._path("plans", name)
         if path.exists() and path.read_text() == text:
             return
-        beside = path.with_name(f".{PLAN}.{uuid.uuid4().hex}.tmp")
+        beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
         beside.write_text(text)
         beside.replace(path)
 
     def current(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """The results that the sweep's file asks for, and the orphaned ones.
+        """The results that the folder's sweep files ask for, and the orphaned ones.
 
-        Orphaned are those of settings, runs or datasets that are no longer asked for (a dataset
-        that was prepared again is another one), and those of a checkpoint that has other weights
-        now. One whose checkpoint was deleted meanwhile is not.
+        Orphaned are those of settings, runs, steps or datasets that no file asks for any longer (a
+        dataset that was prepared again is another one), and those of a checkpoint that has other
+        weights now. One whose checkpoint was deleted meanwhile is not.
 
         Raises:
           ValueError: see `read_result`.
         """
-        results, plan = self.results().values(), self._plan()
-        if not plan:
-            return list(results), []
-        tasks, checkpoints = set(plan["tasks"]), set(plan["checkpoints"])
-        settings, runs = set(map(tuple, plan["settings"])), set(plan["runs"])
+        plans = self._plans()
         kept, orphaned = [], []
-        for result in results:
-            unit = result["unit"]
-            deleted = f"{unit['run']}@{unit['step']}" not in checkpoints
-            deleted &= (unit["dataset"], unit["eval"], unit["config_digest"]) in settings
-            deleted &= unit["run"] in runs
-            same_data = unit.get("dataset_fingerprint") == plan["datasets"].get(unit["dataset"])
-            asked = unit["id"] in tasks or (deleted and same_data)
+        for result in self.results().values():
+            asked = not plans or any(plan.asks_for(result["unit"]) for plan in plans)
             (kept if asked else orphaned).append(result)
         return kept, orphaned
 
     def current_failures(self) -> dict[str, dict[str, Any]]:
-        """Those of `failures` that the sweep's file still asks for."""
-        found, plan = self.failures(), self._plan()
-        return {unit: found[unit] for unit in found if not plan or unit in plan["tasks"]}
+        """Those of `failures` that a file of the folder still asks for."""
+        found, plans = self.failures(), self._plans()
+        asked = set(found) if not plans else set().union(*(plan.tasks for plan in plans))
+        return {unit: failure for unit, failure in found.items() if unit in asked}
 
-    def _plan(self) -> dict[str, Any]:
-        """What `save_plan` noted; {} before."""
-        path = self.folder / PLAN
-        plan = read_result(path) if path.exists() else {}
-        return plan if "tasks" in plan else {}  # an older version's tells too little
+    def _plans(self) -> list["_Plan"]:
+        """What `save_plan` noted, of each file."""
+        return [_Plan(read_result(path)) for path in self._files("plans")]
 
     def failures(self) -> dict[str, dict[str, Any]]:
         """All failures by unit: 'error' in one line, 'traceback', 'time', 'worker'."""
@@ -216,21 +252,14 @@ class Store:
         token = uuid.uuid4().hex
         owner = {"host": socket.gethostname(), "boot": _boot_id(), "pid": os.getpid()}
         owner |= {"started": _process_start(os.getpid()), "token": token}
-        beside = path.with_name(f".{path.name[-40:]}.{token[:8]}.tmp")
-        beside.write_text(json.dumps(owner))
-        try:
-            for _ in range(2):
-                try:
-                    os.link(beside, path)  # fails if it is there: of several only one succeeds
-                    return token
-                except FileExistsError:
-                    if not self._remove_dead(path, beside):
-                        return None
-            return None
-        finally:
-            beside.unlink(missing_ok=True)
+        for _ in range(2):
+            if _create_new(path, json.dumps(owner)):
+                return token
+            if not self._remove_dead(path):
+                return None
+        return None
 
-    def _remove_dead(self, path: pathlib.Path, probe: pathlib.Path) -> bool:
+    def _remove_dead(self, path: pathlib.Path) -> bool:
         """Takes a dead owner's lease away; False if the owner lives or another was quicker."""
         owner = _read(path)
         here = owner.get("boot") == _boot_id() and owner.get("host") == socket.gethostname()
@@ -238,9 +267,8 @@ class Store:
             if _process_start(owner["pid"]) == owner["started"]:
                 return False
         else:
-            os.utime(probe)  # the folder's own clock: the other machine's may be wrong
             try:
-                silent = probe.stat().st_mtime - path.stat().st_mtime
+                silent = self._now() - path.stat().st_mtime
             except FileNotFoundError:
                 return True
             if silent < EXPIRED:
@@ -251,17 +279,32 @@ class Store:
         except FileNotFoundError:
             return True
         if _read(aside).get("token") != owner.get("token"):  # a living one's, taken meanwhile
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, path)
+            _create_new(path, aside.read_text())
         aside.unlink(missing_ok=True)
         return True
 
+    def _now(self) -> float:
+        """By the folder's own clock: the other machine's may be wrong."""
+        probe = self.folder / "leases" / f".{uuid.uuid4().hex}.tmp"
+        probe.touch()
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
     def _create(self, kind: str, unit_id: str, values: Mapping[str, Any]) -> bool:
         with self._beside(kind, unit_id, values) as written:
+            path = self._path(kind, unit_id)
             try:
-                os.link(written, self._path(kind, unit_id))
+                os.link(written, path)  # fails if it is there: of several only one succeeds
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                if path.exists():
+                    return False
+                written.replace(path)
         return True
 
     @contextlib.contextmanager
@@ -312,6 +355,16 @@ def read_result(path: pathlib.Path) -> dict[str, Any]:
 def _finite(value: Mapping[str, Any]) -> dict[str, Any]:
     row = {key: value.get(key) for key in ("metric", "value", "low", "high", "count")}
     return {k: None if isinstance(x, float) and not math.isfinite(x) else x for k, x in row.items()}
+
+
+def _create_new(path: pathlib.Path, text: str) -> bool:
+    """Writes a file unless there is one: of several that try only one succeeds."""
+    try:
+        with path.open("x") as file:  # its beginning may be read: `_read` takes it for nothing
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

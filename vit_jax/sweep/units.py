@@ -23,7 +23,7 @@ from vit_jax.features import FeatureCache, Features, check_names, extract, featu
 from vit_jax.feeding import pad_batch, put_batch
 from vit_jax.interop.load import read_source
 from vit_jax.interop.spec import Spec, fill, make_model
-from vit_jax.models.model import Model
+from vit_jax.models.model import Functional, Merge, Model
 from vit_jax.sharding import make_mesh, replicated
 from vit_jax.sweep.checkpoints import Checkpoint, digest
 from vit_jax.sweep.store import Store, Unit
@@ -141,7 +141,7 @@ class Evaluator:
         self.cache = FeatureCache(store.folder / "features")
         self.mesh = make_mesh()
         self.extracted, self._computing = 0, 0.0  # feature sets, and seconds, of this process
-        self._model: tuple[str, Model] | None = None
+        self._model: tuple[str, Functional] | None = None
         self._evaluations: dict[tuple, Evaluation] = {}
 
     def __call__(self, unit: Unit, checkpoint: Checkpoint) -> str:
@@ -178,14 +178,15 @@ class Evaluator:
         yield
         self._computing += time.perf_counter() - start - (reader.seconds - waited)
 
-    def model(self, checkpoint: Checkpoint) -> Model:
+    def model(self, checkpoint: Checkpoint) -> Functional:
         """Its weights on the devices; programs are shared by all models of one shape."""
         key = f"{checkpoint.path}@{checkpoint.step}@{checkpoint.digest}"
         if self._model is None or self._model[0] != key:
             source = read_source(checkpoint.path, step=checkpoint.step)
             graphdef, state = nnx.split(fill(_module(source.spec.to_json()), source.params))
             variables = jax.device_put(nnx.to_pure_dict(state), replicated(self.mesh))
-            self._model = key, nnx.merge(_shared(source.spec.to_json(), graphdef), variables)
+            build = _shared(source.spec.to_json(), Merge(graphdef))
+            self._model = key, Functional(build, variables)
         return self._model[1]
 
     def features(self, evaluation: Evaluation, checkpoint: Checkpoint, dataset: str, split: str):
@@ -206,12 +207,13 @@ class Evaluator:
 
     def _extract(self, evaluation, checkpoint, dataset, split, key) -> None:
         model = self.model(checkpoint)
-        check_names(model, evaluation.wants[split])
+        module = model.module()
+        check_names(module, evaluation.wants[split])
         wanted = set(evaluation.wants[split])
         for name in self.evals:
             try:
                 others = self._evaluation(checkpoint, dataset, name).wants.get(split, ())
-                check_names(model, others)
+                check_names(module, others)
             except (ValueError, OSError):  # that one's own unit says it
                 continue
             wanted |= set(others)
@@ -247,7 +249,7 @@ class _Reader:
         self.seconds = 0.0  # of getting the model and features
 
     @property
-    def model(self) -> Model:
+    def model(self) -> Functional:
         return self._timed(self._evaluator.model, self._checkpoint)
 
     def features(self, evaluation: Evaluation, split: str) -> Features:
@@ -287,9 +289,9 @@ def _module(spec: str) -> Model:
     return make_model(Spec.from_json(spec, "the model"))
 
 
-_GRAPHDEFS: dict[str, Any] = {}
+_BUILDS: dict[str, Merge] = {}
 
 
-def _shared(spec: str, graphdef: Any) -> Any:
-    """The first graphdef of this shape: an equal one that is another object may compile anew."""
-    return _GRAPHDEFS.setdefault(spec, graphdef)
+def _shared(spec: str, build: Merge) -> Merge:
+    """The first of this shape: an equal graphdef that is another object may compile anew."""
+    return _BUILDS.setdefault(spec, build)
