@@ -2,10 +2,11 @@
 
   python benchmarks/plan_memory.py [Ti S B]
 
-Needs the extra `tpu` and no TPU. For each case the largest batch that `plan` calls fitting is
-found by bisection. Then the step is compiled once more for that batch and for the next one, by
-plain JAX: the first must compile and the second must end in the compiler's out-of-memory error.
-Printed beside it are the bytes that `plan` reports for both, which the capacity must lie between.
+Needs the extra `tpu` and no TPU. Models of one block, so that it takes minutes. For each case the
+largest batch that `plan` calls fitting is found by bisection. Then the step is compiled once more
+for that batch and for the next one, by plain JAX: the first must compile and the second must end in
+the compiler's out-of-memory error. Printed beside it are the bytes that `plan` reports for both,
+which the capacity must lie between.
 """
 
 import argparse
@@ -19,9 +20,9 @@ from vit_jax.sharding import make_mesh
 from vit_jax.train import abstract_state, make_parts, make_step
 
 CASES = {  # variant, topology, mesh, a batch that fits
-    "Ti": ("Ti/16", "v5e:2x2", {}, 512),
-    "S": ("S/16", "v4:2x2x1", {"data": 1, "fsdp": -1}, 512),
-    "B": ("B/16", "v6e:2x2", {"data": 2, "fsdp": 2}, 256),
+    "Ti": ("Ti/16", "v5e:2x2", {}, 4096),
+    "S": ("S/16", "v4:2x2x1", {"data": 1, "fsdp": -1}, 4096),
+    "B": ("B/16", "v6e:2x2", {"data": 2, "fsdp": 2}, 2048),
 }
 
 
@@ -31,7 +32,7 @@ class Case:
     def __init__(self, variant: str, topology: str, mesh_sizes: dict, start: int):
         self.target = plan.topology(topology)
         self.mesh = make_mesh(**mesh_sizes, devices=self.target.devices)
-        model = {"variant": variant, "pos_embed": "sincos2d", "dtype": "bfloat16", "scan": True}
+        model = {"variant": variant, "pos_embed": "sincos2d", "dtype": "bfloat16", "depth": 1}
         config = ConfigDict(
             {
                 "seed": 0,
@@ -75,12 +76,17 @@ class Case:
 
 def largest(case: Case) -> tuple[int, int, int]:
     """The largest batch that fits, and `plan`'s bytes for it and for the next one."""
-    low, high, totals = case.start, None, {}
+    low, high = case.start, None
+    totals = {low: case.planned(low)[1]}
     while high is None or high - low > case.step:
-        size = 2 * low if high is None else (low + high) // 2 // case.step * case.step
+        if high is None:  # bytes grow with the batch, and a little faster than it does
+            size = max(round(low * case.target.capacity / totals[low] * 1.02), low + case.step)
+        else:
+            size = (low + high) // 2
+        size -= size % case.step
         fits, totals[size] = case.planned(size)
         low, high = (size, high) if fits else (low, size)
-    return low, totals.get(low), totals[high]
+    return low, totals[low], totals[high]
 
 
 def main() -> None:

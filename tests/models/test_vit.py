@@ -326,6 +326,21 @@ def test_scan_and_remat_change_no_number_of_any_part(options):
         assert np.abs(grad).max() > 0, name
 
 
+def test_layers_that_are_traced_once_are_drawn_each_on_its_own():
+    """Inside of a trace: the numbers that a model made outside of one has."""
+
+    def make():
+        model = make_vit(variant="Ti/3x2", **SMALL, rngs=nnx.Rngs(0))
+        return nnx.to_pure_dict(nnx.state(model))
+
+    traced, plain = named_leaves(jax.jit(make)()), named_leaves(make())
+    assert traced.keys() == plain.keys()
+    for name, value in traced.items():
+        np.testing.assert_allclose(value, plain[name], rtol=0, atol=1e-7, err_msg=name)
+    kernel = "blocks/{}/attn/qkv/kernel"
+    assert not np.array_equal(traced[kernel.format(0)], traced[kernel.format(1)])
+
+
 def test_scanned_blocks_start_as_looped_ones_do():
     def start(scan):
         options = {"variant": "Ti/3x2", "scan": scan} | SMALL
