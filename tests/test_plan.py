@@ -312,3 +312,21 @@ def test_of_gradients_only_parts_cross_slices(capsys):
     (across,) = (kind for kind in result["collective_bytes"] if "across" in kind)
     assert result["collective_bytes"][across] < 1.1 * result["ring_bound_bytes"][across]
     assert result["collective_bytes"]["reduce-scatter"] > 0  # and not the whole, twice
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_the_update_writes_parameters_and_moments_and_nothing_else(tmp_path, capsys):
+    """The norm of the update included, for which the update itself once went to memory."""
+    arguments = ("--config=vit_s16_i1k:debug", "--topology=v5e:2x2", f"--dump_hlo={tmp_path}")
+    shape = {"dim": 128, "mlp_dim": 640, "num_heads": 2, "depth": 1, "dtype": "bfloat16"}
+    planned(capsys, *arguments, *(f"--config.model.{key}={value}" for key, value in shape.items()))
+    module = hlo.parse((tmp_path / "train_step.txt").read_text())
+    written = [
+        array
+        for _, instruction, _, fused in module.visits()
+        if not fused and instruction.opcode == "fusion"
+        for array in instruction.arrays
+        if array.dtype == "f32" and array.sides == (128, 640)
+    ]
+    assert len(written) == 3

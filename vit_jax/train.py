@@ -211,14 +211,17 @@ def train_step(
     _, non_trainable = parts.split(backbone, objective)
     ema = update_ema(state.ema, params, parts.options.ema_decay) if state.ema else state.ema
 
-    norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+    grad_norm = optax.tree.norm(grads)
     new = TrainState(state.step, params, non_trainable, opt_state, ema)
     # What decides must be known before the pass over all parameters and states that updates them:
     # asking the updates or the states as well would be a pass of its own. Finite gradients make
     # finite states; an update that is not finite all the same is told, and its state never saved.
-    healthy = all_finite((loss, norms["grad_norm"], non_trainable))
+    healthy = all_finite((loss, grad_norm, non_trainable))
     new = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), new, state)
-    finite = healthy & jnp.isfinite(norms["update_norm"])
+    # Of what the parameters changed by, not of `updates`, which XLA would write to memory for it.
+    update_norm = optax.tree.norm(jax.tree.map(jnp.subtract, new.params, state.params))
+    norms = {"grad_norm": grad_norm, "update_norm": update_norm}
+    finite = healthy & jnp.isfinite(update_norm)
     metrics = {
         name: total / jnp.maximum(count, 1) for name, (total, count) in output.metrics.items()
     }
