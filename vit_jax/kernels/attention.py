@@ -170,6 +170,8 @@ def _obstacle(name: str, shape: tuple[int, ...], dtype: str, num_heads: int, mas
     batch, tokens, width = shape
     head_dim = width // (3 * num_heads)
     limits, platform, parts = LIMITS[name], _platform(), _parts()
+    if name in ("gpu", "interpret_gpu") and attention_gpu.plgpu is None:
+        return "needs Pallas' Triton backend, which this JAX lacks"
     if limits.platform not in ("", platform):
         return f"runs on {limits.platform.upper()}, not on {platform}"
     if limits.platform == "gpu" and (why := _unfit_gpu()):
