@@ -1,6 +1,8 @@
 """What a GPU would run: our kernel, interpreted, against float64, and what is asked of cuDNN.
 
-With VIT_JAX_TEST_PLATFORM=cuda the kernel and cuDNN themselves are held to float64, too.
+On a GPU the kernel and cuDNN themselves are held to float64, too:
+
+    VIT_JAX_TEST_PLATFORM=cuda pytest tests/kernels/test_attention_gpu.py -k test_on_a_gpu
 """
 
 import jax
