@@ -137,31 +137,6 @@ def test_metrics_of_a_step_are_fetched_after_the_next_is_dispatched(
     assert events == [*steady, ("read", 5), ("read", 6)]
 
 
-@pytest.mark.parametrize(
-    ("platform", "count", "flags", "wanted"),
-    [
-        ("gpu", 8, "", True),
-        ("gpu", 8, "--xla_gpu_enable_latency_hiding_scheduler=false", False),
-        ("gpu", 1, "", False),
-        ("tpu", 8, "", False),
-    ],
-)
-def test_gpus_hide_their_collectives_unless_told_otherwise(
-    monkeypatch, platform, count, flags, wanted
-):
-    class Device:
-        def __init__(self, platform):
-            self.platform = platform
-
-    class Mesh:
-        devices, size = np.array([Device(platform)] * count), count
-
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    options = train_lib.compiler_options(Mesh)
-    assert options == (train_lib.GPU_OPTIONS if wanted else {})
-    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2  # XLA knows them all
-
-
 def test_the_state_is_donated(data_dir):
     config = tiny(data_dir)
     info = dataset_info("digits", data_dir=data_dir)

@@ -6,7 +6,6 @@ loop that calls it is in `vit_jax/trainer.py`.
 
 import dataclasses
 import functools
-import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -282,18 +281,6 @@ def sums_by_slices(parts: Parts, mesh: jax.sharding.Mesh) -> bool:
     return num_slices(mesh) > 1 and same and plain and parts.options.spmd == "jit"
 
 
-GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
-"""XLA's, for steps on several GPUs; command buffers (CUDA graphs) it uses by itself."""
-
-
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:
-    """What the step is compiled with on these devices, beside what $XLA_FLAGS says already."""
-    if mesh.devices.flat[0].platform != "gpu" or mesh.size == 1:
-        return {}
-    given = os.environ.get("XLA_FLAGS", "")
-    return {name: value for name, value in GPU_OPTIONS.items() if name not in given}
-
-
 def make_step(parts: Parts, state: TrainState, mesh: jax.sharding.Mesh) -> Callable:
     """`train_step` for a mesh: donates the state, and leaves each array where `state` has it.
 
@@ -312,15 +299,13 @@ def make_step(parts: Parts, state: TrainState, mesh: jax.sharding.Mesh) -> Calla
         return jax.pmap(step, "batch", devices=devices, axis_size=mesh.size, **options)
 
     places = jax.tree.map(lambda x: x.sharding, state)
-    options = {"donate_argnums": 0, "out_shardings": (places, replicated(mesh))}
-    options["compiler_options"] = compiler_options(mesh)
     if sums_by_slices(parts, mesh):
         whole = PartitionSpec()
         specs = {"in_specs": (whole, PartitionSpec(BATCH_AXES)), "out_specs": (whole, whole)}
         step = functools.partial(train_step, parts, axis=BATCH_AXES)
         step = jax.shard_map(step, mesh=mesh, check_vma=False, **specs)
         step.__name__ = "train_step"
-        return jax.jit(step, **options)
+        return jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
     offloaded = parts.options.offload_opt_state
 
     def step(state, batch):
@@ -332,7 +317,7 @@ def make_step(parts: Parts, state: TrainState, mesh: jax.sharding.Mesh) -> Calla
             return train_step(parts, state, batch)
 
     step.__name__ = "train_step"  # what profiles and the compilation cache show
-    return jax.jit(step, **options)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
 
 
 def check_batch(batch_size: int, parts: Parts, mesh: jax.sharding.Mesh) -> None:

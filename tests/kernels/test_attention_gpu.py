@@ -1,6 +1,8 @@
 """What a GPU would run: our kernel, interpreted, against float64, and what is asked of cuDNN.
 
-With VIT_JAX_TEST_PLATFORM=cuda the kernel and cuDNN themselves are held to float64, too.
+On a GPU the kernel and cuDNN themselves are held to float64, too:
+
+    VIT_JAX_TEST_PLATFORM=cuda pytest tests/kernels/test_attention_gpu.py -k test_on_a_gpu
 """
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType
 
 from tests.kernels.test_attention_tpu import (
     HEADS,
@@ -20,6 +22,7 @@ from tests.kernels.test_attention_tpu import (
     run,
 )
 from vit_jax.kernels import attention as kernels
+from vit_jax.kernels import attention_gpu
 from vit_jax.kernels.attention import attention, choose
 
 ON_GPU = jax.default_backend() == "gpu"
@@ -86,11 +89,13 @@ def test_split_over_batch_and_heads_it_is_the_same():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """As seen from a process that compiles for a GPU which is elsewhere."""
-    monkeypatch.setattr(kernels, "_platform", lambda: "gpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    """As in a process that compiles for a GPU which is elsewhere."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     kernels._log_once.cache_clear()
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
 
 
 def lowered(tokens, implementation):
@@ -128,15 +133,20 @@ def test_padding_for_cudnn_changes_nothing(gpu, monkeypatch, tokens):
     check(2, tokens, 3, 32, "bfloat16", masked=False, implementation="cudnn")
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 def test_our_kernel_becomes_triton_code(gpu):
-    try:
-        text = lowered(197, "gpu")
-    except RuntimeError as error:  # JAX from 0.11 on compiles it at once
-        if "GPU" not in str(error):
-            raise
-        pytest.skip("this JAX needs its CUDA plugin for that")
-    assert text.count("triton") >= 2
+    text = lowered(197, "gpu")
+    assert text.count("xla.gpu.triton") == 2
     assert "tensor<4x198" not in text and "stablehlo.concatenate" not in text  # all in place
+
+
+def test_a_jax_without_triton_goes_on_without_the_kernel(gpu, monkeypatch):
+    monkeypatch.setattr(attention_gpu, "plgpu", None)
+    qkv = jax.ShapeDtypeStruct((8, 196, 1152), jnp.bfloat16)
+    assert choose("auto", qkv, 6) == "cudnn"
+    assert choose("auto", qkv, 6, masked=True) == "xla"
+    with pytest.raises(ValueError, match="'gpu' needs Pallas' Triton backend, which this JAX lack"):
+        choose("gpu", qkv, 6)
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,10 @@ class Limits(NamedTuple):
     masks: bool = True
 
 
-# Ours: where they are tested; in float32 a GPU's tensor cores would round what XLA does not need
-# to. cuDNN: what JAX lets through on every GPU (256 channels on Hopper, which no ViT has); masks
-# have given NaN there, and become a bias of [tokens, tokens] in memory.
+# Ours: where they are tested; in float32 the GPU's would use no tensor cores. cuDNN: what JAX lets
+# through on every GPU (256 channels on Hopper, which no ViT has); masks have given NaN there, and
+# become a bias of [tokens, tokens] in memory. Its backward pass adds in any order unless $XLA_FLAGS
+# has --xla_gpu_deterministic_ops.
 LIMITS = {
     "tpu": Limits("tpu", ("bfloat16", "float32")),
     "interpret": Limits("", ("bfloat16", "float32")),
@@ -170,6 +171,8 @@ def _obstacle(name: str, shape: tuple[int, ...], dtype: str, num_heads: int, mas
     batch, tokens, width = shape
     head_dim = width // (3 * num_heads)
     limits, platform, parts = LIMITS[name], _platform(), _parts()
+    if name in ("gpu", "interpret_gpu") and attention_gpu.plgpu is None:
+        return "needs Pallas' Triton backend, which this JAX lacks"
     if limits.platform not in ("", platform):
         return f"runs on {limits.platform.upper()}, not on {platform}"
     if limits.platform == "gpu" and (why := _unfit_gpu()):
