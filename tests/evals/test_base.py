@@ -8,7 +8,7 @@ from tests.evals.test_classification import model
 from vit_jax.evals import EVALS, base
 from vit_jax.evaluation import evaluate, summary
 from vit_jax.features import FeatureCache, Features
-from vit_jax.models.model import Functional
+from vit_jax.functional import Functional
 from vit_jax.sharding import make_mesh
 
 OPTIONS = {

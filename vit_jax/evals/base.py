@@ -13,7 +13,7 @@ from vit_jax.data.feed import WHOLE, Feed
 from vit_jax.data.loader import Loader, make_eval_loader
 from vit_jax.data.sources import dataset_info
 from vit_jax.features import Features, extract
-from vit_jax.models.model import Functional
+from vit_jax.functional import Functional
 
 Put = Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
 
