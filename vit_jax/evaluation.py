@@ -14,7 +14,7 @@ from vit_jax.data.feed import Feed
 from vit_jax.data.sources import DatasetInfo, dataset_info
 from vit_jax.evals import EVALS
 from vit_jax.feeding import make_feed, pad_batch, put_batch
-from vit_jax.models.model import Functional
+from vit_jax.functional import Functional
 from vit_jax.sharding import make_mesh
 from vit_jax.train import abstract_state, make_parts
 

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vit_jax.models.model import Functional, Model
+from vit_jax.functional import Functional
+from vit_jax.models.model import Model
 
 FORMAT = 1  # of what is on disk; another one is another place
 

@@ -13,7 +13,8 @@ import numpy as np
 from vit_jax.data.augment import Augmentation, make_augmentation
 from vit_jax.data.folder import ENDINGS
 from vit_jax.data.loader import Loader, Records, each_once
-from vit_jax.models.model import Functional, Model
+from vit_jax.functional import Functional
+from vit_jax.models.model import Model
 
 
 class Answer(NamedTuple):

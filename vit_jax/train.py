@@ -22,8 +22,9 @@ from ml_collections import ConfigDict
 from vit_jax import config as config_lib
 from vit_jax.axes import gathered, named, splitting
 from vit_jax.data.sources import DatasetInfo
+from vit_jax.functional import Functional
 from vit_jax.interop.start import start_from
-from vit_jax.models.model import Functional, Model
+from vit_jax.models.model import Model
 from vit_jax.models.vit import make_vit
 from vit_jax.objectives import OBJECTIVES, Objective
 from vit_jax.optim import make_optimizer, names_filter, num_updates, trained_names, update_ema

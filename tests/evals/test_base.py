@@ -8,7 +8,7 @@ from tests.evals.test_classification import model
 from vit_jax.evals import EVALS, base
 from vit_jax.evaluation import evaluate, summary
 from vit_jax.features import FeatureCache, Features
-from vit_jax.models.model import Functional
+from vit_jax.functional import Functional
 from vit_jax.sharding import make_mesh
 
 OPTIONS = {
@@ -71,3 +71,29 @@ def test_features_that_were_cut_short_are_not_there(tmp_path):
             assert cache.load("key", ["pooled"]) is None
             cache.drop_damaged("key")
             assert not (tmp_path / "key").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("knn", {"k": 10}, "k=10 must be a list of different integers of at least 1"),
+        ("knn", {"k": (10, 2.5)}, "k=.10, 2.5. must be"),
+        ("knn", {"k": (10, 10)}, "list of different integers"),
+        ("knn", {"temperature": float("nan")}, "temperature=.nan. must be .* above 0"),
+        ("knn", {"bank_split": "trian"}, "has no split 'trian'"),
+        ("linear_probe", {"features": "gap"}, "features='gap' must be a list of names"),
+        ("linear_probe", {"learning_rates": (0.1, float("nan"))}, "learning_rates=.* must be"),
+        ("linear_probe", {"weight_decays": (-1.0,)}, "weight_decays=.* of at least 0"),
+        ("linear_probe", {"num_steps": 0}, "num_steps=.0. must be"),
+        ("linear_probe", {"train_split": "trian"}, "has no split 'trian'"),
+        ("fewshot", {"shots": (2.5,)}, "shots=.* must be a list of different integers"),
+        ("fewshot", {"l2": (float("inf"),)}, "l2=.* must be"),
+        ("fewshot", {"num_held_out": -1}, "num_held_out=.-1. must be"),
+        ("fewshot", {"train_split": "trian"}, "has no split 'trian'"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_said_at_once(data_dir, name, settings, words):
+    options = {"dataset": "digits", "data_dir": data_dir, "batch_size": 100}
+    options |= {"augment": {"name": "none", "size": (8, 8)}}
+    with pytest.raises(ValueError, match=words):
+        EVALS[name](**options, **settings)

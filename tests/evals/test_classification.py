@@ -16,8 +16,9 @@ from vit_jax.data.prepare import prepare_folder
 from vit_jax.data.sources import load_source
 from vit_jax.evals import EVALS
 from vit_jax.evals.classification import Classification
+from vit_jax.functional import Functional
 from vit_jax.models.heads import Head, make_pool
-from vit_jax.models.model import Functional, Model
+from vit_jax.models.model import Model
 from vit_jax.models.vit import make_vit
 from vit_jax.preprocess import Preprocess
 from vit_jax.sharding import make_mesh

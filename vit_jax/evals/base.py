@@ -1,6 +1,7 @@
 """The seam between an evaluation and whoever runs it: a training loop, or a sweep."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -12,7 +13,7 @@ from vit_jax.data.feed import WHOLE, Feed
 from vit_jax.data.loader import Loader, make_eval_loader
 from vit_jax.data.sources import dataset_info
 from vit_jax.features import Features, extract
-from vit_jax.models.model import Functional
+from vit_jax.functional import Functional
 
 Put = Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]
 
@@ -122,8 +123,11 @@ class Evaluation:
         self._kept: dict[str, Batches] = {}
         self.info = dataset_info(self.dataset, data_dir=self.data_dir)
         self.wants: dict[str, tuple[str, ...]] = {}
-        # What does not fit is said now, and not after hours of training.
-        self._open(self.split).check().close()
+        self.check_split(self.split)
+
+    def check_split(self, split: str) -> None:
+        """Raises what does not fit now, and not after hours of training."""
+        self._open(split).check().close()
 
     def loader(self, split: str) -> Batches:
         """This process's part of every example of a split, once."""
@@ -184,6 +188,29 @@ class Evaluation:
         results = {value.metric: value.value for value in scores.values}
         others = {f"{x.metric}_count": x.count for x in scores.values if x.count != count}
         return results | others | {"count": count}
+
+
+def check_numbers(
+    name: str, values: Any, *, least: float = 0, above: bool = False, whole: bool = False
+) -> None:
+    """Raises ValueError unless a setting is a list of different finite numbers.
+
+    Args:
+      name: of the setting.
+      values: that it was given.
+      least: of them.
+      above: whether they must be above that.
+      whole: whether they must be integers.
+    """
+    kinds = (int,) if whole else (int, float)
+    good = isinstance(values, (list, tuple)) and len(values) > 0 and len(set(values)) == len(values)
+    for value in values if good else ():
+        good &= isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+        good = good and (value > least if above else value >= least)
+    if not good:
+        kind = "integers" if whole else "numbers"
+        bound = f"above {least}" if above else f"of at least {least}"
+        raise ValueError(f"{name}={values!r} must be a list of different {kind} {bound}.")
 
 
 def num_not_finite(values: np.ndarray) -> int:

@@ -17,8 +17,8 @@ from vit_jax.data.loader import HOST_ONLY
 from vit_jax.evals.base import Evaluation, Put, Reader, Scores, Value
 from vit_jax.evals.intervals import bootstrap, pack_bits
 from vit_jax.features import Features
+from vit_jax.functional import Functional
 from vit_jax.losses import softmax_cross_entropy
-from vit_jax.models.model import Functional
 
 NUM_BINS = 15
 NUM_MISTAKES = 24

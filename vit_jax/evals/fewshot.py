@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vit_jax.evals.base import Evaluation, Reader, Scores, Value
+from vit_jax.evals.base import Evaluation, Reader, Scores, Value, check_numbers
 from vit_jax.evals.intervals import bootstrap, pack_bits
 
 BIAS = 100.0  # the constant feature: large, so that the ridge hardly shrinks the bias
@@ -40,8 +40,11 @@ class Fewshot(Evaluation):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.shots or min(self.shots) < 1 or not self.l2 or min(self.l2) <= 0:
-            raise ValueError(f"shots={self.shots} and l2={self.l2} must be positive.")
+        check_numbers("shots", self.shots, least=1, whole=True)
+        check_numbers("l2", self.l2, above=True)
+        for name in ("num_held_out", "seed"):
+            check_numbers(name, [getattr(self, name)], whole=True)
+        self.check_split(self.train_split)
         self.wants = dict.fromkeys((self.train_split, self.split), (self.feature,))
 
     def measure(self, reader: Reader) -> Scores:

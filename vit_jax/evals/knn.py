@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from vit_jax.evals.base import Evaluation, Reader, Scores, Value
+from vit_jax.evals.base import Evaluation, Reader, Scores, Value, check_numbers
 from vit_jax.evals.intervals import bootstrap, pack_bits
 
 QUERIES = 1024  # at once
@@ -38,8 +38,9 @@ class Knn(Evaluation):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.temperature <= 0 or not self.k or min(self.k) < 1:
-            raise ValueError(f"temperature={self.temperature} and k={self.k} must be positive.")
+        check_numbers("k", self.k, least=1, whole=True)
+        check_numbers("temperature", [self.temperature], above=True)
+        self.check_split(self.bank_split)
         self.wants = {self.bank_split: (self.feature,), self.split: (self.feature,)}
 
     def measure(self, reader: Reader) -> Scores:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.evals.base import Evaluation, Reader, Scores, Value
+from vit_jax.evals.base import Evaluation, Reader, Scores, Value, check_numbers
 from vit_jax.evals.intervals import bootstrap, pack_bits
 
 MOMENTUM = 0.9
@@ -52,10 +52,14 @@ class LinearProbe(Evaluation):
         super().__post_init__()
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out={self.held_out} must be between 0 and 1.")
-        if not (self.features and self.learning_rates and self.weight_decays):
-            raise ValueError("features, learning_rates and weight_decays need a value each.")
-        if min(self.learning_rates) <= 0 or min(self.weight_decays) < 0:
-            raise ValueError("learning_rates must be positive, weight_decays not negative.")
+        if isinstance(self.features, str) or not self.features:
+            raise ValueError(f"features={self.features!r} must be a list of names.")
+        check_numbers("learning_rates", self.learning_rates, above=True)
+        check_numbers("weight_decays", self.weight_decays)
+        for name in ("num_steps", "probe_batch_size"):
+            check_numbers(name, [getattr(self, name)], least=1, whole=True)
+        check_numbers("seed", [self.seed], whole=True)
+        self.check_split(self.train_split)
         self._grid = list(itertools.product(self.learning_rates, self.weight_decays))
         self.wants = dict.fromkeys((self.train_split, self.split), tuple(self.features))
 

@@ -1,8 +1,6 @@
 """Backbone, pooling and head together: what evaluation, export and notebooks see."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -46,36 +44,3 @@ class Model(nnx.Module):
 
     def _pooled(self, images):
         return self.pool(self.backbone(self.preprocess(images)))
-
-
-class Functional(NamedTuple):
-    """A model as compiled functions take it: taking a module apart costs milliseconds each time.
-
-    Attributes:
-      build: variables -> `Model`; static (it can be hashed), and called while compiling.
-      variables: a tree of arrays.
-    """
-
-    build: Callable[[Any], Model]
-    variables: Any
-
-    @classmethod
-    def of(cls, model: Model) -> "Functional":
-        """A module, taken apart."""
-        graphdef, state = nnx.split(model)
-        return cls(Merge(graphdef), nnx.to_pure_dict(state))
-
-    def module(self) -> Model:
-        """Its opposite."""
-        return self.build(self.variables)
-
-
-@dataclasses.dataclass(frozen=True)
-class Merge:
-    """What `Functional` builds a split module by; equal for equal graphdefs."""
-
-    graphdef: nnx.GraphDef
-
-    def __call__(self, variables: Any) -> Model:
-        """Puts the module together again."""
-        return nnx.merge(self.graphdef, variables)

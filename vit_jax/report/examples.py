@@ -13,7 +13,7 @@ from vit_jax.data.order import example_rng
 from vit_jax.data.sources import load_source
 from vit_jax.evals import EVALS
 from vit_jax.evals.base import Live, Scores
-from vit_jax.models.model import Functional
+from vit_jax.functional import Functional
 from vit_jax.report.artefacts import Example, gallery
 from vit_jax.report.markup import Html, el
 from vit_jax.report.page import note, or_why

@@ -21,9 +21,10 @@ from vit_jax.evals import EVALS
 from vit_jax.evals.base import Evaluation, Scores
 from vit_jax.features import FeatureCache, Features, check_names, extract, feature_key
 from vit_jax.feeding import pad_batch, put_batch
+from vit_jax.functional import Functional, Merge
 from vit_jax.interop.load import read_source
 from vit_jax.interop.spec import Spec, fill, make_model
-from vit_jax.models.model import Functional, Merge, Model
+from vit_jax.models.model import Model
 from vit_jax.sharding import make_mesh, replicated
 from vit_jax.sweep.checkpoints import Checkpoint, digest
 from vit_jax.sweep.store import Store, Unit
