@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +141,33 @@ def test_kernels_are_known_before_the_program_is_compiled():
         "retry_config": {"retry_count": "0"},
     }
     assert bundles.kernel_key(compiled, call["operands"], call["results"]) == key
+
+
+def test_kernels_that_nobody_asks_for_any_more_are_not_compiled_to_the_end(monkeypatch):
+    started = []
+
+    def start(keys, topology):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(["sleep", "60"], **pipes))
+        return started[-1]
+
+    monkeypatch.setattr(bundles, "_start", start)
+    dumps = bundles.Dumps("v5e:4x4")
+    dumps.want(["a", "b", "a"])
+    dumps.want(["b"])
+    assert len(started) == 1  # each kernel once, all of one call in one process
+    dumps.close()
+    assert started[0].returncode < 0
+
+
+def test_a_kernel_that_is_refused_says_why(monkeypatch):
+    def start(keys, topology):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(["sh", "-c", "echo more >&2; echo too large >&2; exit 1"], **pipes)
+
+    monkeypatch.setattr(bundles, "_start", start)
+    with pytest.raises(RuntimeError, match="a kernel does not compile alone: too large"):
+        bundles.Dumps("v5e:4x4")["a"]
 
 
 @pytest.mark.slow

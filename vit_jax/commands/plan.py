@@ -28,6 +28,13 @@ def main(argv: list[str]) -> int:
     """Runs `vit-jax plan`; answers the exit code."""
     values, config = parse_with_config(argv, _define, usage=USAGE)
     planner = _Planner(values)
+    try:
+        return _run(planner, values, config)
+    finally:
+        planner.close()
+
+
+def _run(planner: "_Planner", values: flags.FlagValues, config: ConfigDict) -> int:
     if values.search:
         return _search(planner, config, as_json=values.json)
     result = planner.plan(config)
@@ -76,6 +83,11 @@ class _Planner:
                 print(f"{error}; planning for this machine's own devices", file=sys.stderr)
         self.target = self.target or plan.own_devices()
         self.dumps = plan.dumps_for(self.target)
+
+    def close(self) -> None:
+        """Ends what still compiles beside: kernels of a step that was refused."""
+        if self.dumps is not None:
+            self.dumps.close()
 
     def plan(self, config: ConfigDict) -> dict[str, Any]:
         """The report of one config, as --json prints it.
