@@ -52,7 +52,7 @@ def draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndar
     """
     noise = rng.standard_normal(shape)
     embeds = ("patch_embed", "embeddings", "cls_token", "dist_token", "reg_token", "pos_embed")
-    if any(word in name for word in embeds) or name in ("cls", "embedding/kernel"):
+    if any(word in name for word in embeds) or name == "cls" or name.startswith("embedding/"):
         noise *= 0.0005 if len(shape) == 4 else 0.003
     elif len(shape) >= 2:
         noise *= 1.5 * (np.prod(shape) / max(shape)) ** -0.5
