@@ -159,6 +159,7 @@ def test_a_compiled_step_holds_the_state_once_and_updates_it_in_shares(data_dir)
     rows = layout(state)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     size = sum(row.bytes_per_device for row in rows)
+    assert size < sum(x.nbytes for x in jax.tree.leaves(state)) / 6  # an eighth, and biases whole
     # Every array of the new state takes the place of the old one's.
     assert memory.alias_size_in_bytes == size
     assert memory.output_size_in_bytes - size < 1000  # the metrics
