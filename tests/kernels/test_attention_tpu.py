@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType
 
 from vit_jax.kernels import attention as kernels
 from vit_jax.kernels import attention_tpu
@@ -183,3 +183,14 @@ def test_auto_takes_what_the_table_says_and_logs_a_fallback_once(monkeypatch, ca
     assert [r.message for r in caplog.records] == [
         "attention: 'xla' instead of 'tpu', which takes 16 to 1100 tokens, not 7."
     ]
+
+
+@pytest.mark.parametrize(("kind", "taken"), [("TPU v3", "xla"), ("TPU v4", "tpu")])
+def test_on_tpus_whose_compiler_refuses_the_kernel_auto_goes_on_without(kind, taken):
+    device = jax.sharding.AbstractDevice(kind, 2, "tpu")
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert kernels.choose("auto", jnp.zeros((8, 16, 192)), 1) == taken
+        if taken == "xla":
+            with pytest.raises(ValueError, match="wants a TPU v4 or a newer one, not a TPU v3"):
+                kernels.choose("tpu", jnp.zeros((8, 16, 192)), 1)

@@ -73,6 +73,9 @@ LIMITS = {
 }
 """Of each implementation but 'xla', which can do everything."""
 
+OLD_TPUS = ("TPU v2", "TPU v3")
+"""Those for which the compiler refuses the kernel."""
+
 LEAST_CAPABILITY = 8.0
 """CUDA's compute capability from which on GPUs multiply bfloat16."""
 
@@ -160,8 +163,18 @@ def _log_once(message: str) -> None:
 
 
 def _platform() -> str:
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = _elsewhere()
     return device.platform if device is not None else jax.default_backend()
+
+
+def _device_kind() -> str:
+    device = _elsewhere()
+    return (device if device is not None else jax.local_devices()[0]).device_kind
+
+
+def _elsewhere() -> jax.sharding.AbstractDevice | None:
+    """The kind of device that a mesh in use is made of, or None."""
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
 def _obstacle(name: str, shape: tuple[int, ...], dtype: str, num_heads: int, masked: bool) -> str:
@@ -175,6 +188,8 @@ def _obstacle(name: str, shape: tuple[int, ...], dtype: str, num_heads: int, mas
         return "needs Pallas' Triton backend, which this JAX lacks"
     if limits.platform not in ("", platform):
         return f"runs on {limits.platform.upper()}, not on {platform}"
+    if limits.platform == "tpu" and (kind := _device_kind()) in OLD_TPUS:
+        return f"wants a TPU v4 or a newer one, not a {kind}"
     if limits.platform == "gpu" and (why := _unfit_gpu()):
         return why
     if dtype not in limits.dtypes:
