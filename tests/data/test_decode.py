@@ -48,6 +48,39 @@ def test_every_format_gives_the_same_rgb_picture(kind):
     assert np.abs(image.astype(int) - photo()).mean() < 6
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (40, 60), (33, 17)])
+def test_a_small_png_has_the_pixels_that_pillow_sees(mode, shape, monkeypatch):
+    rng = np.random.default_rng(0)
+    for picture in (photo(*shape), rng.integers(0, 256, (*shape, 3), np.uint8)):
+        data = encoded(Image.fromarray(picture).convert(mode), "PNG")
+        with monkeypatch.context() as patched:
+            patched.setattr(decode, "_open", None)  # it is not asked
+            image, size = decode.decode(data), decode.image_shape(data)
+        assert size == shape and image.flags.c_contiguous and image.flags.writeable
+        np.testing.assert_array_equal(image, decode._decode_pillow(data))
+
+
+@given(st.sampled_from(["L", "RGB"]), st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_png_is_judged_by_pillow(mode, draw):
+    """What is decoded without Pillow has its pixels, also where the checksums fit the damage."""
+    data = bytearray(encoded(Image.fromarray(photo(9, 7)).convert(mode), "PNG"))
+    for _ in range(draw.draw(st.integers(1, 2))):
+        data[draw.draw(st.integers(16, len(data) - 13))] = draw.draw(st.integers(0, 255))
+    del data[draw.draw(st.sampled_from([len(data), len(data) - 5, len(data) - 20])) :]
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    end = 41 + int.from_bytes(data[33:37], "big")
+    if end + 4 < len(data):
+        data[end : end + 4] = struct.pack(">I", zlib.crc32(data[37:end]))
+    try:
+        image = decode._decode_plain_png(bytes(data))
+    except DecodeError:  # too large
+        return
+    if image is not None:
+        np.testing.assert_array_equal(image, decode._decode_pillow(bytes(data)))
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
 def test_grey_becomes_three_equal_channels(kind):
     image = decode.decode(encoded(RGB.convert("L"), kind))

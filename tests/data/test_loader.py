@@ -207,8 +207,16 @@ class Unreadable(list):
         return super().__getitem__(index)
 
 
-def test_an_unreadable_example_is_a_zero_image_that_is_named():
-    batches = read(evaluation(Unreadable(damaged())))
+class InBlocks(Unreadable):
+    """The same, read several at once."""
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+@pytest.mark.parametrize("source", [Unreadable, InBlocks])
+def test_an_unreadable_example_is_a_zero_image_that_is_named(source):
+    batches = read(evaluation(source(damaged())))
     image, label, mask, index, error = (
         np.concatenate([batch[name] for batch in batches])
         for name in ("image", "label", "mask", "index", "error")

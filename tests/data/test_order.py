@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from vit_jax.data.order import ORDERS, example_rng, global_order
+from vit_jax.data.order import ORDERS, ExampleRng, global_order
 
 GOLDEN = {
     # (num_examples, seed): examples at positions 0 to 7, and at 10^12
@@ -105,12 +105,12 @@ def test_the_order_is_pinned_for_ever():
 
 def test_the_random_choices_are_pinned_for_ever():
     """Philox with the key (mixed seed, position), as NumPy makes it on every machine."""
-    found = [example_rng(position, seed=seed).random() for seed, position in CHOICES]
+    found = [ExampleRng(position, seed=seed).random() for seed, position in CHOICES]
     assert found == list(CHOICES.values())
 
 
 def test_random_choices_differ_by_position_and_seed():
-    draws = {example_rng(at, seed=seed).random() for at in range(100) for seed in range(100)}
+    draws = {ExampleRng(at, seed=seed).random() for at in range(100) for seed in range(100)}
     assert len(draws) == 10_000
     assert abs(np.mean(list(draws)) - 0.5) < 0.01
 
@@ -118,7 +118,7 @@ def test_random_choices_differ_by_position_and_seed():
 def test_the_order_and_the_choices_have_nothing_in_common():
     """A crop that grew with the place in the epoch would be seen in every epoch's gradient."""
     places = np.argsort(epoch_order(2000, 0, 0))
-    draws = [example_rng(position, seed=0).random() for position in range(2000)]
+    draws = [ExampleRng(position, seed=0).random() for position in range(2000)]
     by_example = np.array(draws)[places]
     assert abs(np.corrcoef(by_example, np.arange(2000))[0, 1]) < 5 / np.sqrt(2000)
     assert abs(np.corrcoef(draws, np.arange(2000))[0, 1]) < 5 / np.sqrt(2000)

@@ -61,6 +61,15 @@ def test_part_of_a_split(data_dir):
     assert {part[index]["label"] for index in range(18)} == {0, 1}, "stored sorted by class"
 
 
+def test_several_at_once_are_what_each_is(data_dir):
+    source = load(data_dir, split="train[30:]+test+train[:7]")
+    order = [16, 0, 9, 5, 6, 7, 9, 2]
+    assert source.__getitems__(order) == [source[index] for index in order]
+    train, test = load(data_dir), load(data_dir, split="test")
+    assert [source[index] for index in (0, 6, 10)] == [train[30], test[0], train[0]]
+    assert source.__getitems__([]) == []
+
+
 def test_a_source_can_be_pickled_before_and_after_use(data_dir):
     source = load(data_dir)
     again = pickle.loads(pickle.dumps(source))
@@ -165,4 +174,7 @@ def test_a_damaged_record_is_an_oserror_and_the_others_are_read(tmp_path):
     source = load(tmp_path)
     with pytest.raises(OSError, match="example 2 of mine/train cannot be read"):
         source[2]
+    with pytest.raises(OSError, match="an example of mine/train cannot be read"):
+        source.__getitems__([1, 2])
+    assert source.__getitems__([1, 3]) == [source[1], source[3]]
     assert source[1]["label"] == source[3]["label"] == 0

@@ -319,6 +319,20 @@ def test_grids_and_draws():
         variations({"seed": 3})
 
 
+@pytest.mark.parametrize("samples", [0, 2])
+@pytest.mark.parametrize("values", [[1, 2, 1], [[8, 8], [8, 8]]])
+def test_a_repeated_choice_is_refused(values, samples):
+    with pytest.raises(ValueError, match="training.leaves.model.size=.* repeats a choice"):
+        variations({"model": {"size": values}, "seed": [0, 1]}, samples=samples)
+
+
+def test_values_that_are_one_folder_name_are_still_runs_of_their_own():
+    found = variations({"data": {"name": ["a/b", "a_b", "c"]}})
+    assert len(found) == 3 and "name=c" in found
+    assert [run["data.name"] for run in found.values()] == ["a/b", "a_b", "c"]
+    assert found == variations({"data": {"name": ["a_b", "c", "a/b"]}})  # whatever the order
+
+
 @pytest.mark.slow
 def test_ten_kills_leave_the_results_of_an_undisturbed_sweep(data_dir, tmp_path):
     recipe = save_recipe(short(data_dir, save_every=3), tmp_path / "recipe.py")

@@ -12,6 +12,7 @@ import inspect
 import io
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -24,7 +25,14 @@ Size = tuple[int, int]
 Arrays = dict[str, np.ndarray]
 
 
-def none(record: dict, rng: np.random.Generator, *, size: Size) -> dict[str, np.ndarray]:
+class Rng(Protocol):
+    """`order.ExampleRng`, or NumPy's Generator."""
+
+    def random(self) -> float:
+        """The next number, uniform in [0, 1)."""
+
+
+def none(record: dict, rng: Rng, *, size: Size) -> dict[str, np.ndarray]:
     """The image as it is stored, which must be `size` (height, width); DecodeError if it is not."""
     image = decode.decode(record["image"])
     if image.shape[:2] != tuple(size):
@@ -37,7 +45,7 @@ def none(record: dict, rng: np.random.Generator, *, size: Size) -> dict[str, np.
 
 
 def pad_crop_flip(
-    record: dict, rng: np.random.Generator, *, size: Size, padding: int = 4, flip: bool = True
+    record: dict, rng: Rng, *, size: Size, padding: int = 4, flip: bool = True
 ) -> dict[str, np.ndarray]:
     """CIFAR's recipe (He et al. 2015, section 4.2): pad with zeros, crop at random, flip half.
 
@@ -55,7 +63,7 @@ def pad_crop_flip(
 
 def inception_crop_flip(
     record: dict,
-    rng: np.random.Generator,
+    rng: Rng,
     *,
     size: Size,
     min_scale: float = 0.08,
@@ -95,7 +103,7 @@ def inception_crop_flip(
 
 def resize_center_crop(
     record: dict,
-    rng: np.random.Generator,
+    rng: Rng,
     *,
     size: Size,
     crop_fraction: float = 0.875,
@@ -123,7 +131,7 @@ def resize_center_crop(
 
 
 def stretch(
-    record: dict, rng: np.random.Generator, *, size: Size, interpolation: str = "bilinear"
+    record: dict, rng: Rng, *, size: Size, interpolation: str = "bilinear"
 ) -> dict[str, np.ndarray]:
     """The whole image at `size` (height, width), its sides each on their own; nothing is random.
 
@@ -150,7 +158,7 @@ class Augmentation:
     recipe: Callable[..., dict[str, np.ndarray]]
     options: dict
 
-    def __call__(self, record: dict, rng: np.random.Generator, out: Arrays | None = None) -> Arrays:
+    def __call__(self, record: dict, rng: Rng, out: Arrays | None = None) -> Arrays:
         """The recipe's arrays for one record, `{'image': uint8 [height, width, 3]}` or more.
 
         Those that it could write into `out`, arrays of the same names, are those of `out`.
@@ -211,7 +219,7 @@ def _check_options(name: str, options: dict) -> None:
 
 
 def _random_crop(
-    shape: Size, rng: np.random.Generator, scales: tuple[float, float], ratios: tuple[float, float]
+    shape: Size, rng: Rng, scales: tuple[float, float], ratios: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """Top, left, height and width of a crop of an image of `shape`."""
     image_height, image_width = shape
@@ -237,17 +245,17 @@ def _decode_reduced(data: bytes, size: Size) -> np.ndarray:
     return decode.decode(data, min_size=(2 * size[0], 2 * size[1]))
 
 
-def _flip_half(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _flip_half(image: np.ndarray, rng: Rng) -> np.ndarray:
     """Swaps left and right in one half of the cases."""
     return cv2.flip(image, 1) if rng.random() < 0.5 else image
 
 
-def _pick(rng: np.random.Generator, num_choices: int) -> int:
+def _pick(rng: Rng, num_choices: int) -> int:
     """One of 0 … num_choices - 1."""
     return int(rng.random() * num_choices)
 
 
-def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
+def _uniform(rng: Rng, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
 

@@ -1,8 +1,8 @@
 """Image bytes to uint8 RGB arrays, and the resize: what bytes are accepted is decided here.
 
-JPEG goes through libjpeg-turbo (simplejpeg); everything else, and the JPEGs which that cannot turn
-into RGB, through Pillow. EXIF orientation is not applied, as TensorFlow does not: `vit-jax prepare`
-turns such images once, on disk.
+JPEG goes through libjpeg-turbo (simplejpeg), small plain PNGs through OpenCV; everything else, and
+the JPEGs which libjpeg-turbo cannot turn into RGB, through Pillow. EXIF orientation is not applied,
+as TensorFlow does not: `vit-jax prepare` turns such images once, on disk.
 """
 
 import io
@@ -59,11 +59,11 @@ def image_shape(data: bytes | np.ndarray) -> tuple[int, int]:
     """Height and width in pixels, from the header alone; DecodeError if unreadable or too large."""
     if isinstance(data, np.ndarray):
         return data.shape[:2]
-    shape = _turbo_shape(data)
+    shape = _turbo_shape(data) or _plain_png_shape(data)
     if shape is None:
         with _open(data) as image:
             shape = image.height, image.width
-    return shape
+    return shape[:2]
 
 
 def decode(data: bytes | np.ndarray, *, min_size: tuple[int, int] | None = None) -> np.ndarray:
@@ -82,7 +82,8 @@ def decode(data: bytes | np.ndarray, *, min_size: tuple[int, int] | None = None)
         return data
     shape = _turbo_shape(data)
     if shape is None:
-        return _decode_pillow(data)
+        image = _decode_plain_png(data)
+        return _decode_pillow(data) if image is None else image
     return _decode_turbo(data, shape, scale_factor(shape, min_size) if min_size else 1)
 
 
@@ -208,6 +209,54 @@ def _turbo_shape(data: bytes) -> tuple[int, int] | None:
         return None
     _check_size(height, width)
     return height, width
+
+
+_PNG_START = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR"
+_PNG_END = bytes(4) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+_PLAIN = {(8, 0, 0, 0, 0): 1, (8, 2, 0, 0, 0): 3}  # 8-bit grey and RGB -> channels
+_SMALL_PNG = 1 << 16  # bytes; Pillow's start, 100 microseconds, is lost in decoding larger ones
+
+
+def _plain_png_shape(data: bytes) -> tuple[int, int, int] | None:
+    """Height, width and channels of a small PNG of nothing but 8-bit grey or RGB, else None."""
+    if len(data) > _SMALL_PNG or not data.startswith(_PNG_START) or data[37:41] != b"IDAT":
+        return None
+    width, height, *kind = struct.unpack(">IIBBBBB", data[16:29])
+    channels = _PLAIN.get(tuple(kind))
+    if channels is None or _checksum(data[12:29]) != data[29:33]:
+        return None
+    _check_size(height, width)
+    return height, width, channels
+
+
+def _decode_plain_png(data: bytes) -> np.ndarray | None:
+    """Decodes what `_plain_png_shape` knows and is whole, with all pixels in one chunk, else None.
+
+    Whether it is whole is seen here, as OpenCV would give the rest of a damaged file some colour.
+    """
+    shape = _plain_png_shape(data)
+    if shape is None:
+        return None
+    height, width, channels = shape
+    end = 41 + int.from_bytes(data[33:37], "big")
+    if data[end + 4 :] != _PNG_END or _checksum(data[37:end]) != data[end : end + 4]:
+        return None
+    size = height * (1 + width * channels)  # each row begins with the name of its filter
+    inflated = zlib.decompressobj()
+    try:
+        rows = inflated.decompress(data[41:end], size + 1)
+    except zlib.error:
+        return None
+    if len(rows) != size or not inflated.eof or inflated.unused_data:
+        return None
+    if max(rows[:: 1 + width * channels]) > 4:  # no such filter
+        return None
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+def _checksum(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(4, "big")
 
 
 def _open(data: bytes) -> Image.Image:

@@ -22,12 +22,14 @@ from absl import flags
 
 from vit_jax.data.augment import Augmentation
 from vit_jax.data.decode import DecodeError
-from vit_jax.data.order import ORDERS, example_rng
+from vit_jax.data.order import ORDERS, ExampleRng
 from vit_jax.data.sources import load_source
 
 Batch = dict[str, np.ndarray]
 
 MAX_THREADS = 16  # of one process: beyond that they wait for Python's lock
+
+BLOCK = 64  # records that are read at once, at most
 
 HOST_ONLY = ("position", "index", "error")  # keys of a batch that stay off the devices
 
@@ -39,7 +41,10 @@ class Records(Protocol):
         """The number of examples."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`{'image': encoded bytes, 'label': int, …}`; OSError, naming it, if it is unreadable."""
+        """`{'image': encoded bytes, 'label': int, …}`; OSError, naming it, if it is unreadable.
+
+        A source may have `__getitems__`, too, for several at once: a list for a list.
+        """
 
 
 def make_loader(
@@ -272,7 +277,7 @@ class _LocalBatches:
         batch["index"] = np.empty(size, np.int64)
         errors = [""] * size
         # A few parts for each thread, so that all finish at about the same time.
-        length = -(-size // (4 * self.num_threads))
+        length = min(-(-size // (4 * self.num_threads)), BLOCK)
         parts = [slice(at, at + length) for at in range(0, size, length)]
         for _ in self._pool.map(functools.partial(self._fill, batch, errors), parts):
             pass  # here an exception from a part comes out
@@ -294,16 +299,26 @@ class _LocalBatches:
 
     def _fill(self, batch: Batch, errors: list[str], part: slice) -> None:
         """Writes the examples of some slots, each straight to where it belongs in the batch."""
-        for slot in range(*part.indices(len(self.slots))):
-            position = int(batch["position"][slot])
-            index = batch["index"][slot] = self.order(position)
+        positions = batch["position"][part].tolist()
+        indices = batch["index"][part] = [self.order(position) for position in positions]
+        records = self._read(indices)
+        for slot, (position, index) in enumerate(zip(positions, indices, strict=True), part.start):
             out = {name: batch[name][slot] for name in self.blank}
-            arrays, label, errors[slot] = self._load(position, index, out)
+            arrays, label, errors[slot] = self._load(position, index, records.get(index), out)
             batch["label"][slot] = label
             batch["mask"][slot] = index >= 0 and not errors[slot]
             for name, value in arrays.items():
                 if value is not out[name]:  # else the recipe has written it there
                     out[name][...] = value
+
+    def _read(self, indices: list[int]) -> dict[int, dict[str, Any]]:
+        """The records of a part, by index; none if one is unreadable: `_load` finds which it is."""
+        together = getattr(self.source, "__getitems__", None)
+        wanted = [index for index in indices if index >= 0]
+        try:
+            return dict(zip(wanted, together(wanted), strict=True)) if together else {}
+        except OSError:
+            return {}
 
     def error(self, index: int) -> str:
         """What is wrong with the example at `index`, '' if nothing."""
@@ -313,18 +328,21 @@ class _LocalBatches:
             return str(error)
 
     def _load(
-        self, position: int, index: int, out: Batch | None = None
+        self,
+        position: int,
+        index: int,
+        record: dict[str, Any] | None = None,
+        out: Batch | None = None,
     ) -> tuple[dict[str, np.ndarray], int, str]:
         """The recipe's arrays, the label, and what is wrong with the example ('' if nothing)."""
         if index < 0:
             return self.blank, 0, ""
-        record = {}
         try:
-            record = self.source[index]
-            arrays = self.augment(record, example_rng(position, seed=self.seed), out)
+            record = self.source[index] if record is None else record
+            arrays = self.augment(record, ExampleRng(position, seed=self.seed), out)
             return arrays, record["label"], ""
         except (DecodeError, OSError) as error:
-            message = _describe(error, index, record)
+            message = _describe(error, index, record or {})
             if self.strict:
                 raise ValueError(message) from error
             return self.blank, 0, message

@@ -4,7 +4,7 @@ Both are functions of (seed, position) in integers only, so they are the same on
 any number of hosts and workers, and after any restart.
 """
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -36,10 +36,20 @@ def global_order(position: int, *, num_examples: int, seed: int) -> int:
 ORDERS = {"global": global_order}
 
 
-def example_rng(position: int, *, seed: int) -> np.random.Generator:
-    """The generator for every random choice about the example at `position`: Philox with a key."""
-    key = np.array([_mix(seed ^ _AUGMENT_TAG), position], np.uint64)
-    return np.random.Generator(np.random.Philox(_Key(key)))
+class ExampleRng:
+    """Every random choice about the example at `position`: Philox with a key, once one is drawn."""
+
+    def __init__(self, position: int, *, seed: int):
+        self._position, self._seed = position, seed
+
+    def random(self) -> float:
+        """The next number, uniform in [0, 1)."""
+        return self._generator.random()
+
+    @cached_property
+    def _generator(self) -> np.random.Generator:
+        key = np.array([_mix(self._seed ^ _AUGMENT_TAG), self._position], np.uint64)
+        return np.random.Generator(np.random.Philox(_Key(key)))
 
 
 class _Key(np.random.bit_generator.ISeedSequence):

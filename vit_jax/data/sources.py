@@ -6,10 +6,15 @@ files). Datasets made by TFDS itself are read too; they only lack that file. The
 datasets of decoded images, `vit_jax.data.raw`, which look the same from outside.
 """
 
+import bisect
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import os
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -107,11 +112,22 @@ class Source:
         try:
             record = self._records[index]
         except RuntimeError as error:  # array_record's word for a missing, cut or damaged file
-            reason = " ".join(str(error).split())
             raise OSError(
-                f"example {index} of {self.info.name}/{self.split} cannot be read: {reason}"
+                f"example {index} of {self.info.name}/{self.split} cannot be read: "
+                f"{_one_line(error)}"
             ) from error
         return _parse(record) if isinstance(record, bytes) else record
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Several examples: those of a file in one go, which costs a third of one by one."""
+        if not isinstance(self._records, _Files):
+            return [self[index] for index in indices]
+        try:
+            return [_parse(record) for record in self._records.read(indices)]
+        except RuntimeError as error:
+            raise OSError(
+                f"an example of {self.info.name}/{self.split} cannot be read: {_one_line(error)}"
+            ) from error
 
     def verify(self, num_bytes: int) -> None:
         """Checks the beginning of a raw dataset against its checksums; others check themselves."""
@@ -127,9 +143,62 @@ class Source:
             return _raw_part(self.info, self.split)
         builder = _builder(self.info.path)
         if {type(each) for each in builder.info.features.values()} <= _SIMPLE:
-            whole = tfds.decode.DeserializeMethod.RAW_BYTES
-            return builder.as_data_source(self.split, deserialize_method=whole)
+            return _Files(builder.info.splits[self.split].file_instructions)
         return builder.as_data_source(self.split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+class _Files:
+    """The serialised records of a split's files, several in one go and without threads for that.
+
+    Any number of threads may read at once. Raises RuntimeError where a file is missing or damaged.
+
+    Args:
+      files: TFDS's file instructions.
+    """
+
+    def __init__(self, files: Sequence[Any]):
+        self._files = files
+        self._ends = list(itertools.accumulate(file.take for file in files))
+        self._readers: dict[int, Any] = {}
+        self._opening = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[bytes]:
+        """The records of these indices, in their order."""
+        places: dict[int, list[int]] = {}  # file -> places in `indices`
+        for place, index in enumerate(indices):
+            places.setdefault(bisect.bisect_right(self._ends, index), []).append(place)
+        records = [b""] * len(indices)
+        for number, mine in places.items():
+            file = self._files[number]
+            first = file.skip - (self._ends[number] - file.take)
+            found = self._reader(number).read([first + indices[place] for place in mine])
+            for place, record in zip(mine, found, strict=True):
+                records[place] = record
+        return records
+
+    def _reader(self, number: int) -> Any:
+        # Not everywhere installed, and raw datasets do without.
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        if number not in self._readers:
+            with self._opening:
+                if number not in self._readers:
+                    name = os.fspath(self._files[number].filename)
+                    # Without reading ahead, as what comes next is anywhere in the file.
+                    self._readers[number] = ArrayRecordReader(
+                        name, options="readahead_buffer_size:0", file_reader_buffer_size=32768
+                    )
+        return self._readers[number]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 # Features of one value each, which are read in half of the time that TFDS's reader takes.

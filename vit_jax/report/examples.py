@@ -9,7 +9,7 @@ import numpy as np
 from vit_jax import config as config_lib
 from vit_jax.data.augment import make_augmentation
 from vit_jax.data.loader import make_loader
-from vit_jax.data.order import example_rng
+from vit_jax.data.order import ExampleRng
 from vit_jax.data.sources import load_source
 from vit_jax.evals import EVALS
 from vit_jax.evals.base import Live, Scores
@@ -90,7 +90,7 @@ def eval_images(section: Mapping[str, Any], indices: Sequence[int]) -> list[np.n
         data_dir=section.get("data_dir", "data"),
     )
     augment = make_augmentation(**config_lib.plain(section["augment"]))
-    return [augment(source[index], example_rng(index, seed=0))["image"] for index in indices]
+    return [augment(source[index], ExampleRng(index, seed=0))["image"] for index in indices]
 
 
 def batch(run: Run, data_dir: str = "") -> Any:

@@ -1,5 +1,6 @@
 """Training sweeps: the same recipe with other leaves, by grid or by chance."""
 
+import collections
 import itertools
 import math
 from collections.abc import Mapping
@@ -27,7 +28,8 @@ def variations(
       seed: of the draw.
 
     Raises:
-      ValueError: a leaf that is neither, a range without `samples`, or too many `samples`.
+      ValueError: a leaf that is neither, or that repeats a choice; a range without `samples`; too
+        many `samples`.
     """
     if samples < 0:
         raise ValueError(f"training.samples={samples} must be 0 (every combination) or more.")
@@ -43,7 +45,13 @@ def variations(
     else:
         runs = _draw_runs(np.random.default_rng(seed), choices, samples)
     varied = [key for key in choices if len({repr(run[key]) for run in runs}) > 1]
-    return {_name(run, varied): run for run in runs}
+    names = [_name(run, varied) for run in runs]
+    # Values that differ only in what a folder's name cannot hold: 'a/b' and 'a_b'.
+    twice = {name for name, count in collections.Counter(names).items() if count > 1}
+    return {
+        f"{name}-{digest(run)[:8]}" if name in twice else name: run
+        for name, run in zip(names, runs, strict=True)
+    }
 
 
 def _choices(prefix: str, values: Mapping[str, Any]):
@@ -56,6 +64,11 @@ def _choices(prefix: str, values: Mapping[str, Any]):
                 raise ValueError(f"training.leaves.{name}={value} is no range.")
             yield name, value
         elif isinstance(value, list) and value:
+            if len({repr(choice) for choice in value}) < len(value):
+                raise ValueError(
+                    f"training.leaves.{name}={value} repeats a choice: each is one run; for "
+                    "several runs of one recipe list values of `seed`."
+                )
             yield name, value
         else:
             raise ValueError(
