@@ -21,6 +21,7 @@ import contextlib
 import json
 import pathlib
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -62,6 +63,7 @@ def main():
     parser.add_argument("--steps", type=int, default=300, help="of each run")
     args = parser.parse_args()
     workdir = pathlib.Path(args.workdir)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and what it started ends with it
     if args.watch:
         found = watched(workdir, args.steps, args.repeats)
     else:
