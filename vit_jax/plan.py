@@ -227,7 +227,7 @@ def report(
 ) -> dict[str, Any]:
     """Everything that the compiled step says, in plain numbers; None where it is not known.
 
-    Keys (docs/planning.md has them too): fits, params, bytes_per_chip, flops_per_step, cycles_per_step,
+    Keys (see docs/planning.md): fits, params, bytes_per_chip, flops_per_step, cycles_per_step,
     seconds_per_step_estimate, mfu_estimate, collective_bytes, ring_bound_bytes, images_per_second,
     hours, cost, compile_seconds; then exposed_seconds, slowest_collectives, unknown_loops and
     kernels. Bytes and FLOPs are of a chip, and of the whole step on all of them.
