@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tests.evals.test_classification import model
+from vit_jax.data.sources import Source
 from vit_jax.evals import EVALS, base
 from vit_jax.evaluation import evaluate, summary
 from vit_jax.features import FeatureCache, Features
@@ -44,9 +45,9 @@ def test_a_small_split_is_decoded_once(data_dir, monkeypatch, kept):
     options = {"dataset": "digits", "data_dir": data_dir, "batch_size": 100}
     evaluation = EVALS["knn"](**options, augment={"name": "none", "size": (8, 8)})
     reads = []
-    read = type(evaluation.loader("test").source).__getitem__
-    spy = lambda source, index: reads.append(index) or read(source, index)  # noqa: E731
-    monkeypatch.setattr(type(evaluation.loader("test").source), "__getitem__", spy)
+    read = Source.__getitems__
+    spy = lambda source, indices: reads.extend(indices) or read(source, indices)  # noqa: E731
+    monkeypatch.setattr(Source, "__getitems__", spy)
     passes = []
     for _ in range(2):
         with evaluation.loader("test") as loader:
