@@ -122,6 +122,10 @@ class _ModelOf:
     backbone: nnx.GraphDef
     objective: nnx.GraphDef
 
+    def __hash__(self) -> int:
+        # Not of the objective's, which may hold a dict: that can be compared, not hashed.
+        return hash(self.backbone)
+
     def __call__(self, variables: tuple[Any, Any]) -> Model:
         params, rest = variables
         merged = {name: nnx.merge(getattr(self, name), params[name], rest[name]) for name in params}
