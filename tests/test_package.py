@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "kernels": {"jax"},
     "models": {"jax", "flax", "kernels", "axes"},
     "objectives": {"jax", "flax", "models", "losses", "preprocess"},
-    "data": {"grain", "tensorflow_datasets", "spelling"},
+    "data": {"grain", "tensorflow_datasets", "leftovers", "spelling"},
     "evals": {"jax", "data", "features", "functional", "losses"},
     "feeding": {"jax", "data", "sharding"},
     "features": {"jax", "data", "functional", "models"},
@@ -57,12 +57,13 @@ MAY_IMPORT = {
     "exit_codes": set(),
     "runtime": {"jax", "exit_codes"},
     "lease": set(),
+    "leftovers": set(),
     "launch": {"exit_codes"},
     "watchdog": {"exit_codes", "runtime"},
     "workdir": {"jax", "config", "data", "metrics"},
     "interop": {
         *("jax", "flax", "models", "preprocess"),
-        *("checkpoint", "config", "data", "tree", "spelling"),
+        *("checkpoint", "config", "data", "leftovers", "tree", "spelling"),
     },
     "inference": {"jax", "data", "functional", "models"},
     "report": {
