@@ -65,7 +65,7 @@ def test_export_with_a_certificate(own, tmp_path, format, capsys):
     assert found["sha256"] == {out.name: digest} and found["inputs"]["seed"] == 0
     assert found["logits"]["max_abs_difference"] < 1e-4
     assert f"{found['logits']['max_abs_difference']:.3g}" in printed
-    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_stablehlo_runs_without_this_package(own, tmp_path):
@@ -115,6 +115,22 @@ def test_a_graph_has_no_accelerators_own_kernel(tmp_path, monkeypatch):
     export(made, format="stablehlo", out=tmp_path / "there.stablehlo")
     graphs = [(tmp_path / f"{name}.stablehlo").read_bytes() for name in ("here", "there")]
     assert b"tpu_custom_call" not in graphs[1] and len(graphs[0]) == len(graphs[1])
+
+
+def test_a_graph_is_checked_where_products_are_whole(tmp_path, monkeypatch):
+    """On a TPU or a recent GPU it answers in bfloat16 or TF32, which the certificate refuses."""
+    from vit_jax.interop import stablehlo
+
+    class Graph:
+        def call(self, images):
+            assert jax.config.jax_default_device.platform == "cpu"
+            return {"logits": np.zeros(2)}
+
+    monkeypatch.setattr(jax.export, "deserialize", lambda data: Graph())
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    (tmp_path / "m").write_bytes(b"")
+    answer = stablehlo.run(epath.Path(tmp_path / "m"), images())
+    assert answer.runner.endswith(", cpu")
 
 
 def test_inspect_tells_types_and_bytes_of_the_file(tmp_path, capsys):
@@ -178,6 +194,7 @@ def test_what_no_file_tells_is_told_by_flags(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "left out: normalisation by mean 0.4 0.5 0.6, std 0.2 0.25 0.3; readers take" in printed
     assert "left out: class names" in printed and "resized" not in printed
+    assert "left out: the grid of (4, 2) patches; tell readers --image_size=16x8" in printed
     for command in (["inspect", there], ["predict", f"--model={there}", tmp_path / "a.png"]):
         (tmp_path / "a.png").write_bytes(encode(noise(16, 8), "PNG"))
         assert vit(*command) == 1 and "as image_size" in capsys.readouterr().err

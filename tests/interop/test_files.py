@@ -1,7 +1,10 @@
 """Bad files, half-written ones and pickles: one clear line each, and nothing left behind."""
 
+import contextlib
 import json
+import os
 import pickle
+import subprocess
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from tests.interop.models import source, spec
 from vit_jax.interop import files
 from vit_jax.interop.export import export, write_own
 from vit_jax.interop.load import read_source
+from vit_jax.leftovers import hidden
 
 
 @pytest.fixture
@@ -47,8 +51,21 @@ def test_pickles_are_refused_with_the_way_out(tmp_path, suffix):
     assert lines.startswith(f"import torch; state = torch.load({str(path)!r}, ")
     assert "weights_only=True" in lines and "; import safetensors.torch; " in lines
     target = str(tmp_path / "weights.safetensors")
-    assert lines.endswith(f"save_file(state.get('model', state), {target!r})")
+    assert lines.endswith(f"save_file(state, {target!r})")
     assert "torch.load(" in reason(tmp_path)
+
+
+@pytest.mark.parity
+def test_the_way_out_of_a_pickle_leads_out(tmp_path):
+    """Shared and transposed tensors, which safetensors itself does not save, and a wrapping."""
+    torch = pytest.importorskip("torch")
+    weight = torch.arange(6.0).reshape(2, 3)
+    path = tmp_path / "w.pth"
+    torch.save({"model": {"a": weight, "b": weight, "c": weight.T}, "epoch": 3}, path)
+    exec(reason(path).partition("where torch is: ")[2], {})
+    found = files.read_arrays(epath.Path(tmp_path / "w.safetensors"))
+    for name, wanted in {"a": weight, "b": weight, "c": weight.T}.items():
+        np.testing.assert_array_equal(found[name], wanted.numpy())
 
 
 def test_pickled_members(tmp_path):
@@ -89,6 +106,17 @@ def test_hostile_headers(tmp_path, header):
     assert "damaged or cut short" in reason(path)
     path.write_bytes((1 << 62).to_bytes(8, "little") + header)
     assert "damaged or cut short" in reason(path)
+
+
+def test_an_npz_with_a_flipped_byte(tmp_path):
+    """Wherever it lies: in the compressed numbers, in a header, in the archive's own tables."""
+    path = tmp_path / "w.npz"
+    np.savez_compressed(path, a=np.random.default_rng(0).integers(0, 9, (20, 20)), b=np.zeros(3))
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x8D]) + data[place + 1 :])
+        with contextlib.suppress(ValueError):  # a damaged name or date goes unseen
+            files.read_arrays(epath.Path(path))
 
 
 def test_an_array_that_claims_more_than_there_is(tmp_path):
@@ -195,6 +223,45 @@ def test_a_new_file_or_folder_is_whole_or_not_there(tmp_path):
     with pytest.raises(RuntimeError), files.new_folder(tmp_path / "x", overwrite=True):
         raise RuntimeError
     assert (tmp_path / "x" / files.CERTIFICATE).read_text() == "new"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_process_left_goes_with_the_next(tmp_path, monkeypatch, kind):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    path = epath.Path(tmp_path / "x.npz")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: dead.pid)
+        left = [hidden(path), hidden(path), hidden(path)]
+        others = [hidden(tmp_path / "y.npz"), hidden(path.with_name("xynpz"))]
+    left[1].mkdir()
+    for place in (left[0], left[1] / "half", left[2].with_name(f"{left[2].name}.npz"), *others):
+        place.write_text("half")
+    (living := hidden(path)).write_text("half")
+    place = {"file": files.new_file, "folder": files.new_folder}[kind]
+    with place(path, overwrite=False) as beside:
+        beside.write_text("new") if kind == "file" else (beside / "new").write_text("new")
+    wanted = {path.name, living.name, *(other.name for other in others)}
+    assert {found.name for found in tmp_path.iterdir()} == wanted
+
+
+def test_a_signal_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path / "x")
+    with files.new_folder(path, overwrite=False) as folder:
+        (folder / files.CERTIFICATE).write_text("old")
+    rename = type(path).rename
+
+    def interrupted(self, target):
+        answer = rename(self, target)
+        if self == path:
+            raise SystemExit(143)
+        return answer
+
+    monkeypatch.setattr(type(path), "rename", interrupted)
+    with pytest.raises(SystemExit), files.new_folder(path, overwrite=True):
+        pass
+    assert [found.name for found in tmp_path.iterdir()] == ["x"]
+    assert (path / files.CERTIFICATE).read_text() == "old"
 
 
 def test_only_our_own_is_replaced(tmp_path):

@@ -155,6 +155,17 @@ def test_what_googles_code_does_not_have(options, words):
         npz.export(made.params, made.spec)
 
 
+@pytest.mark.parametrize("registers", [0, 2])
+@pytest.mark.parametrize("num_classes", [0, 5])
+def test_dinov2_takes_its_table_for_a_square(registers, num_classes):
+    """Theirs resamples positions whenever the image is no square, from the root of their number."""
+    part = {"pool": "cls", "cls_token": True, "layer_scale": 1.0, "num_classes": num_classes}
+    part |= {"num_reg_tokens": registers, "activation": "gelu"}
+    with pytest.raises(ValueError, match="on a grid that is no square; use --format=timm"):
+        huggingface.choose(spec(**part, image_size=(16, 24)))
+    huggingface.choose(spec(**part, image_size=(16, 24), patch_size=(4, 6)))
+
+
 def test_timms_older_config(tmp_path, made):
     told = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
     told |= {"crop_pct": 0.75, "input_size": [3, 16, 16], "labels": list("abcde")}

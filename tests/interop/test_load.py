@@ -7,12 +7,13 @@ import warnings
 
 import numpy as np
 import pytest
+from etils import epath
 
 import vit_jax
 from tests.interop.models import assert_close, images, source, spec
 from tests.runs import run, short
 from vit_jax.interop import npz
-from vit_jax.interop.export import export
+from vit_jax.interop.export import export, write_own
 from vit_jax.interop.facts import Told
 from vit_jax.interop.layouts import BIG_VISION, GOOGLE, HF_DINOV2, HF_SIGLIP, HF_VIT, LAYOUTS, TIMM
 from vit_jax.interop.load import adapt, read_source
@@ -96,6 +97,16 @@ def test_another_resolution_patch_and_head():
         adapt(made, image_size=(30, 30))
     with pytest.raises(ValueError, match="num_classes=-3 must not be negative"):
         adapt(made, num_classes=-3)
+
+
+def test_a_square_is_one_number_and_only_runs_have_steps(tmp_path):
+    path = epath.Path(tmp_path / "own.safetensors")
+    write_own(source(spec()), path)
+    with pytest.warns(UserWarning, match="reshaped"):
+        model = vit_jax.load(path, image_size=32, patch_size=8)
+    assert model.backbone.image_size == (32, 32) and model.backbone.patch_size == (8, 8)
+    with pytest.raises(ValueError, match="is no folder of a run, so it has no step=3"):
+        vit_jax.load(path, step=3)
 
 
 def test_another_normalisation():

@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
     values, images = parse(argv, define, usage=USAGE)
     _check(values, images)
     found = _embed(values, images)
-    _write(found, epath.Path(values.out), overwrite=values.overwrite)
+    with weights.cleaning_up():
+        _write(found, epath.Path(values.out), overwrite=values.overwrite)
     count, width = found.features.shape
     print(f"done: {count} × {width} features in {values.out}")
     return 0

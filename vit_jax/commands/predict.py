@@ -132,6 +132,6 @@ def _write(data: bytes, values: flags.FlagValues) -> None:
     if not values.out:
         sys.stdout.write(data.decode())
         return
-    with new_file(values.out, overwrite=values.overwrite) as path:
+    with weights.cleaning_up(), new_file(values.out, overwrite=values.overwrite) as path:
         path.write_bytes(data)
     print(f"done: {values.output} in {values.out}")

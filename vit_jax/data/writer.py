@@ -5,9 +5,7 @@ import errno
 import os
 import pathlib
 import re
-import secrets
 import shutil
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,6 +15,7 @@ from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from vit_jax.data.sources import versions
+from vit_jax.leftovers import hidden, remove_leftovers
 
 _SHARD_BYTES = 256 << 20  # between TFDS's 64 MiB and 1 GiB
 
@@ -48,7 +47,7 @@ def new_dataset(
     root = _local(data_dir)
     check_name(name)
     root.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(root)
+    remove_leftovers(root)
     old = versions(epath.Path(root / name))
     if old:
         if not overwrite:
@@ -57,16 +56,17 @@ def new_dataset(
             )
         latest = tfds.core.Version(old[-1].name)
         version = f"{latest.major}.{latest.minor}.{latest.patch + 1}"
-    folder = _hidden_folder(root, name)
+    folder = pathlib.Path(hidden(root / name))
+    folder.mkdir()
     try:
         dataset = NewDataset(folder, root / name / version, name, version)
         yield dataset
         _flush(folder)
         _move(folder, dataset.path)
         for each in old:  # out of sight first: half of a dataset must not look like one
-            hidden = _hidden_folder(root, name)
-            os.rename(each, hidden)
-            shutil.rmtree(hidden)
+            gone = hidden(root / name)
+            os.rename(each, gone)
+            shutil.rmtree(gone)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -197,32 +197,6 @@ def _local(data_dir: str) -> pathlib.Path:
             f"data_dir={data_dir!r}: datasets are prepared on a local disk; copy them there after"
         )
     return pathlib.Path(data_dir).expanduser()
-
-
-def _hidden_folder(root: pathlib.Path, name: str) -> pathlib.Path:
-    owner = f"{socket.gethostname()}-{os.getpid()}"
-    folder = root / f".{name}.incomplete-{owner}-{secrets.token_hex(4)}"
-    folder.mkdir()
-    return folder
-
-
-def _remove_leftovers(root: pathlib.Path) -> None:
-    """Removes what killed processes of this machine left; of other machines' nothing is known."""
-    pattern = rf"\.\w+\.incomplete-{re.escape(socket.gethostname())}-(\d+)-\w+"
-    for folder in root.iterdir():
-        match = re.fullmatch(pattern, folder.name)
-        if match and not _is_alive(int(match[1])):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _flush(folder: pathlib.Path) -> None:

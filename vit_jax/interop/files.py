@@ -6,8 +6,9 @@ import io
 import json
 import re
 import shutil
-import uuid
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
+
+from vit_jax.leftovers import hidden, remove_leftovers
 
 Arrays = dict[str, np.ndarray]
 
@@ -31,6 +34,10 @@ DTYPES = {  # the library's own reader knows no bfloat16
     **{"U8": np.uint8, "BOOL": np.bool_},
 }
 MAX_HEADER = 100_000_000  # bytes, the format's own bound
+DAMAGED_NPZ = (  # what zipfile, zlib and NumPy's header parser raise, one or other
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError, RuntimeError),
+    *(EOFError, OSError, KeyError, MemoryError, TypeError),
+)
 
 
 def read_arrays(path: epath.Path) -> Arrays:
@@ -123,7 +130,8 @@ def refusal(path: epath.Path) -> str:
         f"{path} is a pickle, which can run code when it is read; convert it where torch is: "
         f"import torch; state = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
         "import safetensors.torch; "
-        f"safetensors.torch.save_file(state.get('model', state), {str(target)!r})"
+        "state = {k: x.clone().contiguous() for k, x in state.get('model', state).items()}; "
+        f"safetensors.torch.save_file(state, {str(target)!r})"
     )
 
 
@@ -181,7 +189,7 @@ def _read_npz(path: epath.Path) -> Arrays:
                 "again with plain arrays: np.savez(path, **arrays)."
             ) from error
         raise ValueError(_damaged(path, error)) from error
-    except (zipfile.BadZipFile, EOFError, OSError, KeyError, MemoryError, TypeError) as error:
+    except DAMAGED_NPZ as error:
         raise ValueError(_damaged(path, error)) from error
 
 
@@ -202,6 +210,7 @@ def new_file(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.Path]:
     try:
         yield beside
         beside.replace(path)
+        remove_leftovers(path.parent, re.escape(path.name))
     finally:
         beside.unlink(missing_ok=True)
 
@@ -221,13 +230,11 @@ def new_folder(path: epath.PathLike, *, overwrite: bool) -> Iterator[epath.Path]
         yield beside
         if path.exists():
             path.rename(old)
-        try:
-            beside.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
+        beside.rename(path)
+        remove_leftovers(path.parent, re.escape(path.name))
     finally:
+        if old.exists() and not path.exists():  # an error or a signal between the two renames
+            old.rename(path)
         for left in (beside, old):
             if left.exists():
                 _remove(left)
@@ -257,7 +264,7 @@ def _beside(path: epath.PathLike, overwrite: bool) -> tuple[epath.Path, epath.Pa
     path = epath.Path(path)
     _check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path, path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    return path, hidden(path)
 
 
 def _remove(path: epath.Path) -> None:

@@ -14,7 +14,7 @@ from vit_jax.interop.certificate import Answer, version
 from vit_jax.interop.facts import Facts, Told, pair
 from vit_jax.interop.layouts import HEAD, HEAD_DIST, HF_DINOV2, HF_DINOV3, HF_SIGLIP, HF_VIT
 from vit_jax.interop.pools import AllTokens
-from vit_jax.interop.spec import Spec, make_model, params_of_shapes
+from vit_jax.interop.spec import Spec, grid_of, make_model, params_of_shapes
 from vit_jax.interop.tables import Layout, Params, write
 from vit_jax.models.model import Model
 from vit_jax.models.pos_embed import sincos2d
@@ -291,6 +291,8 @@ def choose(spec: Spec) -> Target:
     if plain and spec.pool in ("cls_tanh", "none") and not spec.num_classes:
         return VIT_MODEL
     if spec.pool in ("cls", "gap", "cls_gap") and (spec.num_classes or spec.pool == "cls"):
+        if len(set(grid_of(b))) > 1:  # Dinov2's class takes its table for a square
+            raise _no_class("LayerScale, SwiGLU, registers or a mean on a grid that is no square")
         registers = b["num_reg_tokens"]
         if spec.num_classes:
             return REGISTERS if registers else DINOV2
@@ -323,9 +325,8 @@ def expand(params: Params, spec: Spec, layout: Layout) -> Params:
     params = dict(params)
     b = spec.backbone
     if b["pos_embed"] == "sincos2d":
-        grid = [side // patch for side, patch in zip(b["image_size"], b["patch_size"], strict=True)]
         rows = b["cls_token"] + b["dist_token"]
-        table = np.asarray(sincos2d(tuple(grid), b["dim"]))
+        table = np.asarray(sincos2d(grid_of(b), b["dim"]))
         params["backbone/pos_embed"] = np.pad(table, ((rows, 0), (0, 0)))
     if layout is HF_DINOV2:
         for i in range(b["depth"]):

@@ -9,10 +9,17 @@ import numpy as np
 from etils import epath
 
 from vit_jax.interop import files, huggingface, npz, timm
-from vit_jax.interop.facts import Facts, Told
+from vit_jax.interop.facts import Facts, Told, pair
 from vit_jax.interop.layouts import BIG_VISION, GOOGLE, LAYOUTS, TIMM
 from vit_jax.interop.resample import resize_patch_kernel, resize_positions
-from vit_jax.interop.spec import Spec, fill, infer_backbone, make_model, nearest_pool
+from vit_jax.interop.spec import (
+    Spec,
+    fill,
+    grid_of,
+    infer_backbone,
+    make_model,
+    nearest_pool,
+)
 from vit_jax.interop.tables import Layout, Params, Report, read, recognise
 from vit_jax.models.model import Model
 
@@ -31,8 +38,8 @@ class Source:
 def load(
     path: epath.PathLike,
     *,
-    image_size: tuple[int, int] | None = None,
-    patch_size: tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    patch_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     num_heads: int | None = None,
     step: int | None = None,
@@ -46,7 +53,7 @@ def load(
 
     Args:
       path: a workdir (or one of its checkpoints), a folder or a file.
-      image_size: another height and width: the position table is resampled.
+      image_size: another height and width, or both in one: the position table is resampled.
       patch_size: another one: the patch embedding is resized.
       num_classes: another number of classes: a new head, its logits zero.
       num_heads: where the file does not tell; by default 64 channels a head.
@@ -56,6 +63,7 @@ def load(
       FileNotFoundError: nothing there.
       ValueError: no known layout, a damaged file, weights that do not make one model.
     """
+    image_size, patch_size = pair(image_size), pair(patch_size)
     source = read_source(path, num_heads=num_heads, image_size=image_size, step=step)
     source = adapt(source, image_size=image_size, patch_size=patch_size, num_classes=num_classes)
     report = source.report
@@ -86,6 +94,8 @@ def read_source(
         from vit_jax.interop.runs import read_run  # training's libraries, only for its runs
 
         return Source(*read_run(run[0], step=step if run[1] is None else run[1]))
+    if step is not None:
+        raise ValueError(f"{path} is no folder of a run, so it has no step={step}; leave it out.")
     if path.is_dir():
         arrays, folder, single = files.read_folder(path), path, files.only_file(path)
     else:
@@ -211,7 +221,7 @@ def adapt(
     """
     spec, params, report = source.spec, dict(source.params), source.report
     backbone = dict(spec.backbone)
-    old_grid = _grid(backbone)
+    old_grid = grid_of(backbone)
     if patch_size is not None and tuple(patch_size) != backbone["patch_size"]:
         name = "backbone/patch_embed/kernel"
         params[name] = resize_patch_kernel(params[name], tuple(patch_size))
@@ -221,7 +231,7 @@ def adapt(
         backbone["patch_size"] = tuple(patch_size)
     if image_size is not None:
         backbone["image_size"] = tuple(image_size)
-    grid, name = _grid(backbone), "backbone/pos_embed"
+    grid, name = grid_of(backbone), "backbone/pos_embed"
     if grid != old_grid and name in params:
         prefix = backbone["cls_token"] + backbone["dist_token"]
         params[name] = resize_positions(params[name], old_grid, grid, num_prefix=prefix)
@@ -261,16 +271,6 @@ def _new_head(spec: Spec, params: Params, num_classes: int, report: Report):
     hidden = spec.hidden_dim if num_classes else 0
     new = dataclasses.replace(spec, class_names=(), num_classes=num_classes, hidden_dim=hidden)
     return new, params
-
-
-def _grid(backbone: Mapping[str, Any]) -> tuple[int, int]:
-    sides = list(zip(backbone["image_size"], backbone["patch_size"], strict=True))
-    if any(side % patch or side < patch for side, patch in sides):
-        raise ValueError(
-            f"image_size={backbone['image_size']} must be a multiple of "
-            f"patch_size={backbone['patch_size']}."
-        )
-    return tuple(side // patch for side, patch in sides)
 
 
 def _agreed(told: int | None, given: int | None) -> int | None:

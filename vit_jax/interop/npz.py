@@ -7,7 +7,7 @@ import numpy as np
 
 from vit_jax.interop.facts import Facts
 from vit_jax.interop.layouts import BIG_VISION, GOOGLE
-from vit_jax.interop.spec import Spec
+from vit_jax.interop.spec import Spec, grid_of
 from vit_jax.interop.tables import Layout, Params, write
 from vit_jax.preprocess import HALF
 
@@ -82,6 +82,10 @@ def left_out(spec: Spec) -> list[str]:
     crop = (default.crop_fraction, default.interpolation)
     if (spec.crop_fraction, spec.interpolation) != crop:
         notes.append(f"left out: how images are resized; readers take a crop of {crop[0]}")
+    grid = grid_of(spec.backbone)
+    if grid[0] != grid[1]:
+        size = "x".join(map(str, spec.backbone["image_size"]))
+        notes.append(f"left out: the grid of {grid} patches; tell readers --image_size={size}")
     if spec.class_names:
         notes.append("left out: class names")
     return notes

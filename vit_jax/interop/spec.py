@@ -162,6 +162,21 @@ def _tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def grid_of(backbone: Mapping[str, Any]) -> tuple[int, int]:
+    """Patches in height and width.
+
+    Raises:
+      ValueError: they do not fill the image.
+    """
+    sides = list(zip(backbone["image_size"], backbone["patch_size"], strict=True))
+    if any(side % patch or side < patch for side, patch in sides):
+        raise ValueError(
+            f"image_size={backbone['image_size']} must be a multiple of "
+            f"patch_size={backbone['patch_size']}."
+        )
+    return tuple(side // patch for side, patch in sides)
+
+
 def infer_backbone(
     params: Params, known: Mapping[str, Any], *, bare: bool = True
 ) -> tuple[Params, dict, list[str]]:

@@ -37,7 +37,11 @@ def serialise(model: Model) -> bytes:
 
 
 def run(path: epath.Path, images: np.ndarray) -> Answer:
-    """What a serialised model answers here."""
-    found = jax.export.deserialize(bytearray(path.read_bytes())).call(images)
-    runner = f"jax {jax.__version__}, {jax.default_backend()}"
+    """What a serialised model answers on the CPU.
+
+    Accelerators multiply float32 in bfloat16 or TF32 by default, which would hide a mistake.
+    """
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        found = jax.export.deserialize(bytearray(path.read_bytes())).call(images)
+    runner = f"jax {jax.__version__}, cpu"
     return Answer(runner, **{name: np.asarray(array) for name, array in found.items()})
