@@ -179,8 +179,9 @@ def _card(source: Source, library: str, architecture: str) -> str:
         "transformers": f"`transformers.{architecture}.from_pretrained(folder)`",
         "timm": "`timm.create_model('local-dir:' + folder, pretrained=True)`",
     }[library]
+    task = "image-classification" if spec.num_classes else "image-feature-extraction"
     return (
-        f"---\nlibrary_name: {library}\npipeline_tag: image-classification\n---\n\n"
+        f"---\nlibrary_name: {library}\npipeline_tag: {task}\n---\n\n"
         f"# A Vision Transformer written by vit_jax {vit_jax.__version__}\n\n"
         f"- patches of {b['patch_size']} in images of {b['image_size']}; {shape}\n"
         f"- {count:,} parameters; {spec.num_classes} classes; pooling {spec.pool!r}\n"
