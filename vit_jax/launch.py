@@ -315,22 +315,11 @@ def jobset(
     """
     tpu, shape = parse_topology(topology)
     chips = math.prod(shape)
-    per_host = chips_per_host or min(tpu.chips_per_host[0], chips)
-    if chips % per_host or (per_host not in tpu.chips_per_host and per_host != chips):
-        known = " or ".join(map(str, sorted(tpu.chips_per_host)))
-        raise ValueError(
-            f"--chips_per_host={per_host} must divide the {chips} chips of {topology}, whose hosts "
-            f"have {known}."
-        )
+    per_host = _chips_per_host(chips_per_host, topology)
     if num_slices < 1:
         raise ValueError(f"--num_slices={num_slices} must be at least 1.")
     _check_commands(commands)
-    names = [f"{name}-{number}" for number in range(len(commands))] if commands[1:] else [name]
-    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", names[-1]):
-        raise ValueError(
-            f"--name={name} must be lower-case letters, digits and -, with an array's number at "
-            "most 40."
-        )
+    names = _names(name, len(commands))
     alone = next((each[0] for each in commands if each[0] != "train"), "")
     if alone and chips // per_host * num_slices > 1:
         raise ValueError(
@@ -356,6 +345,30 @@ def jobset(
             )
         )
     return "---\n".join(manifests)
+
+
+def _chips_per_host(given: int | None, topology: str) -> int:
+    tpu, shape = parse_topology(topology)
+    chips = math.prod(shape)
+    per_host = given or min(tpu.chips_per_host[0], chips)
+    if chips % per_host or (per_host not in tpu.chips_per_host and per_host != chips):
+        known = " or ".join(map(str, sorted(tpu.chips_per_host)))
+        raise ValueError(
+            f"--chips_per_host={per_host} must divide the {chips} chips of {topology}, whose hosts "
+            f"have {known}."
+        )
+    return per_host
+
+
+def _names(name: str, count: int) -> list[str]:
+    """Those of `count` jobs, as Kubernetes takes them."""
+    names = [f"{name}-{number}" for number in range(count)] if count > 1 else [name]
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", names[-1]):
+        raise ValueError(
+            f"--name={name} must be lower-case letters, digits and -, with an array's number at "
+            "most 40."
+        )
+    return names
 
 
 def _xpk(

@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
@@ -23,7 +21,6 @@ from vit_jax import config as config_lib
 from vit_jax.axes import gathered, named, splitting
 from vit_jax.data.sources import DatasetInfo
 from vit_jax.functional import Functional
-from vit_jax.interop.start import start_from
 from vit_jax.models.model import Model
 from vit_jax.models.vit import make_vit
 from vit_jax.objectives import OBJECTIVES, Objective
@@ -127,9 +124,13 @@ class _ModelOf:
         return hash(self.backbone)
 
     def __call__(self, variables: tuple[Any, Any]) -> Model:
-        params, rest = variables
-        merged = {name: nnx.merge(getattr(self, name), params[name], rest[name]) for name in params}
-        return merged["objective"].model(merged["backbone"])
+        backbone, objective = _merge(vars(self), *variables)
+        return objective.model(backbone)
+
+
+def _merge(graphdefs: Mapping[str, Any], params: Any, rest: Any) -> tuple[Any, Objective]:
+    names = ("backbone", "objective")
+    return tuple(nnx.merge(graphdefs[name], params[name], rest[name]) for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +151,7 @@ class Parts:
 
     def merge(self, params: Any, non_trainable: Any) -> tuple[Any, Objective]:
         """The backbone and the objective as modules."""
-        return tuple(
-            nnx.merge(self.graphdefs[name], params[name], non_trainable[name])
-            for name in ("backbone", "objective")
-        )
+        return _merge(self.graphdefs, params, non_trainable)
 
     def split(self, backbone: nnx.Module, objective: Objective) -> tuple[Any, Any]:
         """Modules -> (params, non_trainable), plain nested dicts of arrays."""
@@ -172,8 +170,9 @@ class Parts:
 
     def model(self, state: TrainState) -> Functional:
         """What evaluation and export see: of the averaged parameters where there are any."""
-        build = _ModelOf(self.graphdefs["backbone"], self.graphdefs["objective"])
-        return Functional(build, (state.ema or state.params, state.non_trainable))
+        return Functional(
+            _ModelOf(**self.graphdefs), (state.ema or state.params, state.non_trainable)
+        )
 
 
 def train_step(
@@ -395,51 +394,6 @@ def check_separable(objective: Objective, options: TrainOptions) -> None:
             f"batch, but the loss of {type(objective).__name__} compares all its examples with "
             "each other; use spmd='jit' and accumulate=1."
         )
-
-
-def take_weights(
-    parts: Parts, state: TrainState, path: str, info: DatasetInfo, shardings: TrainState
-) -> TrainState:
-    """A new run's state with the parameters of `path` in it; says what became of each of them.
-
-    No device ever holds more of it than `shardings` gives it.
-
-    Args:
-      parts: see `Parts`.
-      state: as it was drawn; donated.
-      path: see `interop.load`.
-      info: of the training dataset, for its classes.
-      shardings: of the state.
-
-    Raises:
-      ValueError: the weights cannot be read, or are of another backbone.
-    """
-    backbone, objective = parts.merge(state.params, state.non_trainable)
-    modules = dict(zip(parts.graphdefs, (backbone, objective), strict=True))
-    drawn = {  # frozen ones come in, too
-        name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()
-    }
-    places = jax.tree.map(lambda leaf: leaf.sharding, drawn)
-    if jax.process_count() > 1:
-        drawn = multihost_utils.process_allgather(drawn, tiled=True)
-    model = objective.model(backbone)
-    filled, report = start_from(path, drawn, model, class_names=info.class_names)
-    print(f"starting from {path}", *report.lines(), sep="\n", flush=True)
-
-    def start(state: TrainState, filled: dict[str, Any]) -> TrainState:
-        modules = parts.merge(state.params, state.non_trainable)
-        for name, module in zip(parts.graphdefs, modules, strict=True):
-            nnx.update(module, filled[name])
-        return parts.start(*modules)
-
-    # The new state takes the drawn one's memory, which it does not read.
-    start = jax.jit(start, out_shardings=shardings, donate_argnums=0, keep_unused=True)
-    return start(state, jax.tree.map(_put, filled, places))
-
-
-def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process has, each device getting its part."""
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def abstract_state(

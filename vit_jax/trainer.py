@@ -14,27 +14,30 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vit_jax import config as config_lib
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.data.augment import make_augmentation
 from vit_jax.data.loader import HOST_ONLY, Loader, make_loader
-from vit_jax.data.sources import dataset_info
+from vit_jax.data.sources import DatasetInfo, dataset_info
 from vit_jax.evaluation import evaluate, fingerprints, make_evals, summary
 from vit_jax.feeding import make_feed, put_batch, put_parts
+from vit_jax.interop.start import start_from
 from vit_jax.metrics import MetricsWriter, Monitor, NoWriter, Stopwatch, read_rows
 from vit_jax.runtime import Preempted, Processes, StopSignal
 from vit_jax.sharding import check_host_memory, make_mesh
 from vit_jax.train import (
     Batch,
+    Parts,
     TrainOptions,
     TrainState,
     abstract_state,
     check_batch,
     make_parts,
     make_step,
-    take_weights,
 )
 from vit_jax.tree import num_params
 from vit_jax.watchdog import Stragglers, Watchdog
@@ -359,3 +362,48 @@ def runs_of(positions: np.ndarray) -> list[list[int]]:
     ends = np.flatnonzero(np.diff(positions) != 1)
     starts, ends = np.r_[0, ends + 1], np.r_[ends, len(positions) - 1]
     return np.stack([positions[starts], positions[ends]], axis=1).tolist()
+
+
+def take_weights(
+    parts: Parts, state: TrainState, path: str, info: DatasetInfo, shardings: TrainState
+) -> TrainState:
+    """A new run's state with the parameters of `path` in it; says what became of each of them.
+
+    No device ever holds more of it than `shardings` gives it.
+
+    Args:
+      parts: see `Parts`.
+      state: as it was drawn; donated.
+      path: see `interop.load`.
+      info: of the training dataset, for its classes.
+      shardings: of the state.
+
+    Raises:
+      ValueError: the weights cannot be read, or are of another backbone.
+    """
+    backbone, objective = parts.merge(state.params, state.non_trainable)
+    modules = dict(zip(parts.graphdefs, (backbone, objective), strict=True))
+    drawn = {  # frozen ones come in, too
+        name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()
+    }
+    places = jax.tree.map(lambda leaf: leaf.sharding, drawn)
+    if jax.process_count() > 1:
+        drawn = multihost_utils.process_allgather(drawn, tiled=True)
+    model = objective.model(backbone)
+    filled, report = start_from(path, drawn, model, class_names=info.class_names)
+    print(f"starting from {path}", *report.lines(), sep="\n", flush=True)
+
+    def start(state: TrainState, filled: dict[str, Any]) -> TrainState:
+        modules = parts.merge(state.params, state.non_trainable)
+        for name, module in zip(parts.graphdefs, modules, strict=True):
+            nnx.update(module, filled[name])
+        return parts.start(*modules)
+
+    # The new state takes the drawn one's memory, which it does not read.
+    start = jax.jit(start, out_shardings=shardings, donate_argnums=0, keep_unused=True)
+    return start(state, jax.tree.map(_put, filled, places))
+
+
+def _put(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every process has, each device getting its part."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

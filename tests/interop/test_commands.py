@@ -132,6 +132,12 @@ def test_a_graph_is_checked_where_products_are_whole(tmp_path, monkeypatch):
     answer = stablehlo.run(epath.Path(tmp_path / "m"), images())
     assert answer.runner.endswith(", cpu")
 
+    def absent(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", absent)
+    assert "has no CPU here" in stablehlo.run(epath.Path(tmp_path / "m"), images()).not_run
+
 
 def test_inspect_tells_types_and_bytes_of_the_file(tmp_path, capsys):
     made = source(spec(pool="cls", cls_token=True, activation="gelu", dim=64, num_heads=1))

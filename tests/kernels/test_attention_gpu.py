@@ -1,4 +1,6 @@
-"""What a GPU would run: our kernel, interpreted, against float64, and what is asked of cuDNN.
+"""What a GPU would run: our kernel's own ways, interpreted, and what is asked of cuDNN.
+
+`test_kernels.py` holds the kernel's numbers to float64, interpreted.
 
 On a GPU the kernel and cuDNN themselves are held to float64, too:
 
@@ -12,51 +14,12 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import AbstractMesh, AxisType
 
-from tests.kernels.test_attention_tpu import (
-    HEADS,
-    TOKENS,
-    TOLERANCES,
-    draw,
-    exact,
-    relative,
-    run,
-)
+from tests.kernels.float64 import HEADS, TOKENS, check, draw, run
 from vit_jax.kernels import attention as kernels
 from vit_jax.kernels import attention_gpu
 from vit_jax.kernels.attention import attention, choose
 
 ON_GPU = jax.default_backend() == "gpu"
-
-
-def check(batch, tokens, num_heads, head_dim, dtype, masked, implementation="interpret_gpu"):
-    qkv, bias, grad, mask = draw(batch, tokens, num_heads, head_dim, dtype, masked)
-    found = run(qkv, bias, grad, mask, num_heads, implementation)
-    out, qkv_grad = exact(qkv, grad, num_heads, mask)
-    assert found[0].dtype == found[1].dtype == dtype and found[2].dtype == jnp.float32
-    for one, wanted in zip(found, (out, qkv_grad, qkv_grad.sum(axis=(0, 1))), strict=True):
-        assert relative(one, wanted) < TOLERANCES[dtype]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "num_heads", "head_dim", "dtype", "masked"),
-    [(196, 2, 64, "bfloat16", False), (33, 3, 80, "float32", True)],
-)
-def test_forward_and_gradients_are_those_of_float64(tokens, num_heads, head_dim, dtype, masked):
-    check(2, tokens, num_heads, head_dim, dtype, masked)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_every_number_of_tokens(tokens, dtype):
-    check(1, tokens, 2, 64, dtype, masked=tokens % 2 == 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(("num_heads", "head_dim"), HEADS)
-def test_every_kind_of_heads(num_heads, head_dim, dtype):
-    check(2, 20, num_heads, head_dim, dtype, masked=False)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="no GPU here, or VIT_JAX_TEST_PLATFORM is not cuda")

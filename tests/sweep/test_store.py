@@ -137,17 +137,6 @@ def test_of_many_that_try_one_succeeds(tmp_path, monkeypatch, links):
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["a.json"]
 
 
-def test_a_lease_that_was_created_and_not_written_ends_as_others_do(tmp_path):
-    store, path = lib.Store(tmp_path), tmp_path / "leases" / "a"
-    path.touch()
-    with store.lease("a") as mine:
-        assert not mine
-    past = time.time() - lib.EXPIRED - 5
-    os.utime(path, (past, past))
-    with store.lease("a") as mine:
-        assert mine
-
-
 def test_a_dataset_that_was_prepared_again_is_another_one(tmp_path):
     store, correct = lib.Store(tmp_path), {"examples": "e", "count": 8}
     old, new = {"dataset_fingerprint": "old"}, {"dataset_fingerprint": "new"}
@@ -250,10 +239,15 @@ def test_a_lease_is_held_by_one_until_its_process_is_gone(tmp_path):
     assert not list((tmp_path / "leases").iterdir())
 
 
-def test_a_lease_of_another_machine_ends_when_its_heart_stops(tmp_path):
+@pytest.mark.parametrize(
+    "written",
+    ["", json.dumps({"host": "elsewhere", "boot": "x", "pid": 1, "token": "t"})],
+    ids=["created and not written", "of another machine"],
+)
+def test_a_lease_ends_when_its_heart_stops(tmp_path, written):
     store = lib.Store(tmp_path)
     path = tmp_path / "leases" / "a"
-    path.write_text(json.dumps({"host": "elsewhere", "boot": "x", "pid": 1, "token": "t"}))
+    path.write_text(written)
     with store.lease("a") as mine:
         assert not mine
     past = time.time() - lib.EXPIRED - 5

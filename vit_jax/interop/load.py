@@ -89,6 +89,14 @@ def read_source(
         raise FileNotFoundError(f"{path} does not exist.")
     if num_heads is not None and num_heads < 1:
         raise ValueError(f"num_heads={num_heads} must be at least 1.")
+    source = _read(path, num_heads, image_size, step)
+    _agreed(source.spec.backbone["num_heads"], num_heads)
+    return source
+
+
+def _read(
+    path: epath.Path, num_heads: int | None, image_size: tuple[int, int] | None, step: int | None
+) -> Source:
     run = _run_of(path)
     if run is not None:
         from vit_jax.interop.runs import read_run  # training's libraries, only for its runs

@@ -41,7 +41,11 @@ def run(path: epath.Path, images: np.ndarray) -> Answer:
 
     Accelerators multiply float32 in bfloat16 or TF32 by default, which would hide a mistake.
     """
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    try:
+        (cpu, *_) = jax.local_devices(backend="cpu")
+    except RuntimeError:
+        return Answer("", not_run="JAX has no CPU here; let JAX_PLATFORMS end in ',cpu'")
+    with jax.default_device(cpu):
         found = jax.export.deserialize(bytearray(path.read_bytes())).call(images)
     runner = f"jax {jax.__version__}, cpu"
     return Answer(runner, **{name: np.asarray(array) for name, array in found.items()})

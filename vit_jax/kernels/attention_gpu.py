@@ -30,19 +30,7 @@ LOG2E = math.log2(math.e)  # the unit has an exponential of base 2
 
 
 def forward(qkv, query_ids, key_ids, *, num_heads, interpret=False):
-    """Softmax attention and what its backward pass wants.
-
-    Args:
-      qkv: [batch, tokens, 3 * dim], queries, keys and values side by side, heads inside each.
-      query_ids, key_ids: [batch, 1, tokens] and [batch, tokens, 1] int32; a query attends to the
-        keys of its number. None for all.
-      num_heads: divides dim.
-      interpret: runs it anywhere, slowly, with memory that nobody wrote being NaN.
-
-    Returns:
-      [batch, tokens, dim] in qkv's dtype, and [batch, heads, tokens] float32: the logarithm, to
-      base 2, of each query's sum of exponentials.
-    """
+    """`attention_tpu.forward`: the same arguments, the same results."""
     batch, tokens, width = qkv.shape
     out = jax.ShapeDtypeStruct((batch, tokens, width // 3), qkv.dtype)
     lse = jax.ShapeDtypeStruct((batch, num_heads, tokens), jnp.float32)
@@ -50,12 +38,7 @@ def forward(qkv, query_ids, key_ids, *, num_heads, interpret=False):
 
 
 def backward(qkv, query_ids, key_ids, out, lse, grad, *, num_heads, interpret=False):
-    """The gradient of `forward`'s first result.
-
-    Args:
-      qkv, query_ids, key_ids, num_heads, interpret: as in `forward`.
-      out, lse: what it answered.
-      grad: of `out`.
+    """`attention_tpu.backward`, with the same arguments.
 
     Returns:
       The gradient of qkv, twice: the second one is to be summed for the projection's bias.
