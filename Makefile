@@ -26,7 +26,7 @@ test-parity: $(VENV)/.test
 		&& $(BIN)/$(INSTALL) --editable '.[test,parity]' \
 		&& { $(BIN)/$(INSTALL) --no-deps 'timm>=1.0.31' \
 			|| echo "parity: timm cannot be installed, its tests are skipped"; } \
-		&& $(BIN)/pytest -n 2 -m "parity or slow" tests/interop
+		&& $(BIN)/pytest -n 2 -m parity tests/interop
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -130,7 +130,7 @@ def test_kernels_are_known_before_the_program_is_compiled():
     assert call["results"] == [["bf16", [8, 32, 128]], ["f32", [8, 2, 32]]]
     compiled = {  # as libtpu writes the same
         "flag_configs": [],
-        "scoped_memory_configs": [{"memory_space": "1", "offset": "0", "size": "67108864"}],
+        "scoped_memory_configs": [{"memory_space": "1", "offset": "0", "size": "67043328"}],
         "custom_call_config": {
             "body": call["config"]["custom_call_config"]["body"],
             "needs_layout_passes": True,

@@ -13,9 +13,9 @@ from vit_jax.config import OPTIONAL, TOP_LEVEL, flatten
 from vit_jax.data.prepare import prepare_folder
 
 CONFIGS = sorted(pathlib.Path(__file__, "../../configs").resolve().glob("*.py"))
-# The large models' debug forms are much like the others: only `make test-all` runs them.
+# The others' debug forms are much like these two: only `make test-all` runs them.
 RUNS = [
-    pytest.param(path, marks=pytest.mark.slow if path.stem.startswith("vit_") else ())
+    pytest.param(path, marks=() if path.stem in ("cifar10", "digits") else pytest.mark.slow)
     for path in CONFIGS
 ]
 

@@ -261,6 +261,7 @@ def test_an_unreadable_image_is_named_once_a_process(peace):
     assert "example 5 (6/0338.png) cannot be decoded: not an image (0 bytes;" in text
 
 
+@pytest.mark.slow
 def test_eight_devices_go_on_as_one(data_dir, tmp_path, monkeypatch):
     config = short(data_dir, eval_every=3, save_every=3)
     run(config, tmp_path / "whole")

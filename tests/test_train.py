@@ -392,7 +392,7 @@ def test_a_score_that_is_not_finite_is_no_score(data_dir, tmp_path, monkeypatch)
 HEAD = "objective/head/.*"
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_frozen_parameters_keep_every_bit(data_dir, tmp_path, scan):
     """Averaged, with weight decay and dropout, over a restart: only what is trained moves."""
     leaves = {"train__trainable": HEAD, "model__scan": scan, "save_every": 3}

@@ -30,6 +30,8 @@ PIPELINE_TRIPS = 2
 """Of a grid's loop beyond its cells, which fetch the first operands and store the last results and
 skip the work between."""
 
+MIB = 2**20
+
 DTYPES = {
     **{"bf16": "bfloat16", "f16": "float16", "f32": "float32", "pred": "bool"},
     **{"s8": "int8", "u8": "uint8", "s16": "int16", "s32": "int32", "u32": "uint32"},
@@ -290,9 +292,14 @@ def _shapes(arrays: Iterable[hlo.Array]) -> list[Shape]:
 def kernel_key(config: Mapping, operands: Sequence[Shape], results: Sequence[Shape]) -> str:
     """All that makes a kernel's code, as JSON: configuration, types and sides of its arrays.
 
-    The compiler adds to the configuration what is empty, and where it put the arrays.
+    The compiler adds to the configuration what is empty, and where it put the arrays; of the chip's
+    own memory that a kernel asks for it may keep some tens of KiB back.
     """
     kept = {name: config.get(name) for name in ("custom_call_config", "scoped_memory_configs")}
+    kept["scoped_memory_configs"] = [
+        memory | {"size": -(-int(memory["size"]) // MIB) * MIB}
+        for memory in kept["scoped_memory_configs"] or ()
+    ]
     call = {"config": _told(kept), "operands": operands, "results": results}
     return json.dumps(call, sort_keys=True)
 

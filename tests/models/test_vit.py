@@ -292,8 +292,13 @@ def noisy():
     return model, value_and_grads(unscanned(model), images(8), keys(8))
 
 
-@pytest.mark.parametrize("remat", REMAT_POLICIES)
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(
+    "scan, remat",
+    [
+        *[(True, remat) for remat in REMAT_POLICIES],
+        *[pytest.param(False, remat, marks=pytest.mark.slow) for remat in REMAT_POLICIES],
+    ],
+)
 def test_scan_and_remat_change_no_number(noisy, scan, remat):
     model, (wanted, wanted_grads) = noisy
     graphdef = nnx.graphdef(small(**NOISY, scan=scan, remat=remat))
@@ -610,6 +615,7 @@ def test_patch_dropout_keeps_the_nearest_number_of_patches_and_never_none(rate, 
 # NNX's other mode.
 
 
+@pytest.mark.slow
 def test_tree_mode_gives_the_numbers_of_graph_mode():
     root = pathlib.Path(__file__).parents[2]
     changed = {"NNX_GRAPH_MODE": "false", "PYTHONPATH": str(root)}
