@@ -71,8 +71,21 @@ def main():
     print(json.dumps(found))
 
 
+@contextlib.contextmanager
 def vit_jax(*argv, **options):
-    return subprocess.Popen([sys.executable, "-u", "-m", "vit_jax.cli", *map(str, argv)], **options)
+    """A command that ends with the block, however that ends."""
+    command = [sys.executable, "-u", "-m", "vit_jax.cli", *map(str, argv)]
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+    finally:
+        process.kill()  # nothing, once it has ended
+        process.wait()
+
+
+def run(*argv, **options):
+    with vit_jax(*argv, **options) as process:
+        process.wait()
 
 
 def whole(workdir, files, steps):
@@ -81,11 +94,10 @@ def whole(workdir, files, steps):
         pixelate(pathlib.Path(files), workdir / "pixelated")
         for name, folder in (("cifar10", files), ("cifar10_pixelated", workdir / "pixelated")):
             if not (data / name).exists():
-                vit_jax("prepare", "folder", folder, f"--name={name}", f"--data_dir={data}").wait()
+                run("prepare", "folder", folder, f"--name={name}", f"--data_dir={data}")
     config = SWEEP.format(steps=steps, data=data)
     with (workdir / "sweep.log").open("a") as log:
-        sweep = vit_jax("sweep", f"--config={config}", f"--workdir={workdir}", stdout=log)
-        sweep.wait()
+        run("sweep", f"--config={config}", f"--workdir={workdir}", stdout=log)
     return counted((workdir / "sweep.log").read_text())
 
 
@@ -139,33 +151,31 @@ def watched(workdir, steps, repeats):
 def turn(folder, data, steps, name):
     """One training run, alone or beside a watcher that was there first; neither may hang."""
     folder.mkdir(parents=True)
-    run = folder / "run"
+    workdir = folder / "run"
     recipe = f"--config=digits:steps={steps},data_dir={data}"
     every = ("--config.log_every=20", "--config.save_every=60", f"--config.eval_every={steps}")
     with contextlib.ExitStack() as stack:
         log = stack.enter_context((folder / "log").open("w"))
 
         def start(*argv):
-            process = vit_jax(*argv, stdout=log, stderr=subprocess.STDOUT)
-            stack.callback(process.kill)  # nothing, once it has ended
-            return process
+            return stack.enter_context(vit_jax(*argv, stdout=log, stderr=subprocess.STDOUT))
 
         watcher = None
         if name == "watched":
-            (folder / "sweep.py").write_text(WATCH.format(run=str(run), data=str(data)))
+            (folder / "sweep.py").write_text(WATCH.format(run=str(workdir), data=str(data)))
             config = f"--config={folder / 'sweep.py'}"
             watcher = start("sweep", config, f"--workdir={folder / 'sweep'}", "--watch")
             time.sleep(15)  # to start in, as the run will take both cores
             if watcher.poll() is not None:
                 raise SystemExit(f"the watcher ended: {folder / 'log'}")
-        ended = start("train", recipe, f"--workdir={run}", *every).wait(LIMIT)
+        ended = start("train", recipe, f"--workdir={workdir}", *every).wait(LIMIT)
         done = len(list((folder / "sweep" / "results").glob("*.json")))
         if ended or (watcher and watcher.wait(LIMIT)):
             raise SystemExit(f"the run or its watcher failed: {folder / 'log'}")
-    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "speed/data_wait" in row]
     rows = rows[len(rows) // 3 :]  # the others hold what is compiled, and the watcher's start
-    batch_size = json.loads((run / "config.json").read_text())["batch_size"]
+    batch_size = json.loads((workdir / "config.json").read_text())["batch_size"]
     rates = [row["speed/images_per_second"] / batch_size for row in rows]
     waits = [row["speed/data_wait"] for row in rows]
     return {

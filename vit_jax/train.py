@@ -120,6 +120,10 @@ class _ModelOf:
     objective: nnx.GraphDef
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
         # Not of the objective's, which may hold a dict: that can be compared, not hashed.
         return hash(self.backbone)
 
@@ -170,9 +174,11 @@ class Parts:
 
     def model(self, state: TrainState) -> Functional:
         """What evaluation and export see: of the averaged parameters where there are any."""
-        return Functional(
-            _ModelOf(**self.graphdefs), (state.ema or state.params, state.non_trainable)
-        )
+        return Functional(self._model_of, (state.ema or state.params, state.non_trainable))
+
+    @functools.cached_property
+    def _model_of(self) -> _ModelOf:
+        return _ModelOf(**self.graphdefs)
 
 
 def train_step(

@@ -310,6 +310,30 @@ def test_a_worker_for_each_core(monkeypatch):
         assert loader._num_workers == 2
 
 
+def test_small_images_are_decoded_by_one_thread_and_read_in_one_go(monkeypatch):
+    monkeypatch.setattr(loader_module, "num_cores", lambda: 3)
+    large = make_augmentation(name="stretch", size=(224, 224))
+    for options, num_threads in (
+        ({}, 1),
+        ({"num_threads": 2}, 2),
+        ({"augment": large}, 3),
+        ({"records": [{"image": bytes(20_000), "label": 0}]}, 3),
+        ({"records": Unreadable(RECORDS[5:])}, 1),
+        ({"records": Unreadable(RECORDS), "augment": large}, 3),
+    ):
+        with training(**options) as loader:
+            assert loader._batches.num_threads == num_threads
+    blocks = []
+
+    class Spy(InBlocks):
+        def __getitems__(self, indices):
+            blocks.append(len(indices))
+            return super().__getitems__(indices)
+
+    read(training(Spy(RECORDS[7:]), num_steps=2))
+    assert blocks == [BATCH, BATCH]
+
+
 def test_two_loaders_are_read_at_once():
     with training() as train, evaluation() as evaluate:
         pairs = [(next(train), next(evaluate)) for _ in range(4)]

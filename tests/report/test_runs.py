@@ -51,7 +51,19 @@ def test_what_a_watching_sweep_found_is_the_runs_too(tmp_path):
     run = read_run(workdir)
     assert run.series("digits_knn/top1") == ([100], [0.97])
     assert run.evaluated()[-1] == "digits_knn/top1"
-    assert run.seconds_to(110) == 100  # when the step was done, not when it was evaluated
+
+
+def test_the_time_of_training_is_that_of_its_steps(tmp_path):
+    workdir = write_run(tmp_path / "run", batch_size=460, steps=40)
+    run = read_run(workdir)  # 920 and 940 images a second
+    assert run.seconds_to(20) == run.seconds_to(30) == 10
+    assert run.seconds_to(40) == pytest.approx(10 + 20 * 460 / 940)
+    assert run.seconds_to(10) is None and run.seconds_to(None) is None
+    path = workdir / "metrics.jsonl"  # killed after step 20, and started a day later
+    first, second = map(json.loads, path.read_text().splitlines()[:2])
+    second["time"] += 86_400
+    path.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    assert read_run(workdir).seconds_to(40) == run.seconds_to(40)
 
 
 def test_a_metric_has_the_count_that_it_was_computed_on(tmp_path):

@@ -112,6 +112,15 @@ def test_two_files_share_a_folder(tmp_path):
     assert [r["unit"]["id"] for r in store.current()[1]] == ["both", "none"]
 
 
+def test_two_files_do_not_mean_two_things_by_one_name(tmp_path):
+    store = lib.Store(tmp_path)
+    store.save_plan("first", [unit("one")])
+    with pytest.raises(ValueError, match="evals.knn on datasets.digits has other .*'first'.*call"):
+        store.save_plan("second", [unit("two", config_digest="k of 5")])
+    store.save_plan("second", [unit("two", config_digest="k of 5", eval="knn5"), unit("one")])
+    store.save_plan("first", [unit("two", eval="fewshot", config_digest="k of 5")])  # changed
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_of_many_that_try_one_succeeds(tmp_path, monkeypatch, links):
     def link(source, target):

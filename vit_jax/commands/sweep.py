@@ -323,7 +323,8 @@ def _print_results(values: flags.FlagValues) -> int:
 
     if not (pathlib.Path(values.workdir) / "results").is_dir():
         raise FileNotFoundError(f"no sweep in {values.workdir}: it has no folder results/.")
-    results, orphaned = Store(values.workdir).current()
+    store = Store(values.workdir)
+    results, orphaned = store.current()
     rows = table.long_form(results)
     columns = list(table.COLUMNS)
     if values.pivot:
@@ -337,4 +338,6 @@ def _print_results(values: flags.FlagValues) -> int:
         print(_board_text(results) if results else "no results yet")
     if orphaned:
         print(f"{len(orphaned)} orphaned results are kept, and left out here", file=sys.stderr)
+    if failures := store.current_failures():
+        print(f"{len(failures)} units failed: see {store.folder / 'failures'}", file=sys.stderr)
     return 0

@@ -31,6 +31,9 @@ MAX_THREADS = 16  # of one process: beyond that they wait for Python's lock
 
 BLOCK = 64  # records that are read at once, at most
 
+LITTLE = 1 << 14  # bytes of an example, encoded and decoded, on which threads hinder each other
+LITTLE_BLOCK = 4096  # of such records: a call of array_record's `read` costs as much as 100 do
+
 HOST_ONLY = ("position", "index", "error")  # keys of a batch that stay off the devices
 
 
@@ -144,7 +147,7 @@ class Loader:
     Arguments: `slots` are all of the batch if None. `order` maps a position to an index, or to -1
     for padding. `num_workers` processes take the batches in turn, -1 for one a core; with 0 this
     process loads them itself. `num_threads` threads decode the examples of a batch, in each worker;
-    0 means one there, and one for each core (up to 16) if there are no workers. `prefetch` batches
+    0 means one there and for small images, else one for each core (up to 16). `prefetch` batches
     are kept ready, by each worker. With `strict` an unreadable example is a ValueError.
     """
 
@@ -169,17 +172,21 @@ class Loader:
             raise ValueError("the source has no examples; load another split.")
         self.source = source
         self.num_steps = num_steps
+        blank = augment.zeros()
+        little = _is_little(source, blank)
+        one = num_workers or little
         self._batches = _LocalBatches(
             source=source,
             order=order,
             augment=augment,
-            blank=augment.zeros(),
+            blank=blank,
             seed=seed,
             strict=strict,
             batch_size=batch_size,
             slots=np.arange(batch_size) if slots is None else np.asarray(slots),
             steps=range(start_step, num_steps),
-            num_threads=num_threads or (1 if num_workers else min(num_cores(), MAX_THREADS)),
+            num_threads=num_threads or (1 if one else min(num_cores(), MAX_THREADS)),
+            block=LITTLE_BLOCK if little else BLOCK,
         )
         wanted = num_cores() if num_workers < 0 else num_workers
         self._num_workers = min(wanted, len(self._batches))
@@ -261,6 +268,7 @@ class _LocalBatches:
     slots: np.ndarray
     steps: range
     num_threads: int
+    block: int
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -276,8 +284,9 @@ class _LocalBatches:
         batch["position"] = self.steps[number] * self.batch_size + self.slots
         batch["index"] = np.empty(size, np.int64)
         errors = [""] * size
-        # A few parts for each thread, so that all finish at about the same time.
-        length = min(-(-size // (4 * self.num_threads)), BLOCK)
+        # A few parts for each of several threads, so that all finish at about the same time.
+        num_parts = 4 * self.num_threads if self.num_threads > 1 else 1
+        length = min(-(-size // num_parts), self.block)
         parts = [slice(at, at + length) for at in range(0, size, length)]
         for _ in self._pool.map(functools.partial(self._fill, batch, errors), parts):
             pass  # here an exception from a part comes out
@@ -346,6 +355,20 @@ class _LocalBatches:
             if self.strict:
                 raise ValueError(message) from error
             return self.blank, 0, message
+
+
+def _is_little(source: Records, blank: Batch) -> bool:
+    """Whether an example is so little work that decoding it is mostly Python's.
+
+    Then two threads, which hand Python's lock to and fro, are no quicker than one and cost half as
+    much again (`benchmarks/NOTES.md`).
+    """
+    try:
+        image = source[0]["image"]
+    except OSError:  # said when it is its turn
+        return False
+    size = image.nbytes if isinstance(image, np.ndarray) else len(image)
+    return size + sum(value.nbytes for value in blank.values()) <= LITTLE
 
 
 def _describe(error: Exception, index: int, record: dict[str, Any]) -> str:

@@ -209,7 +209,7 @@ def _parse(record: bytes) -> dict[str, Any]:
     """The features of a tf.Example, by name: bytes or an integer."""
     features = tf_example_pb2.Example.FromString(record).features.feature
     return {
-        name: value.bytes_list.value[0] if value.bytes_list.value else value.int64_list.value[0]
+        name: (value.bytes_list.value or value.int64_list.value)[0]
         for name, value in features.items()
     }
 

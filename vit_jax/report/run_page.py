@@ -156,14 +156,14 @@ def _newest(scores: list[Score]) -> Html:
 def _costs(runs: list[Run], scores: list[Score]) -> dict[str, dict]:
     """Of each run what an accuracy may be set against."""
     steps = {run.name: {score.step for score in scores if score.model == run.name} for run in runs}
+    found = [(run, step) for run in runs for step in steps[run.name]]
+    costs = {
+        "training time (s)": {(run.name, step): run.seconds_to(step) for run, step in found},
+        "parameters": {(run.name, step): run.record.get("num_params") for run, step in found},
+    }
     return {
-        name: {
-            (run.name, step): run.record[key]
-            for run in runs
-            if key in run.record
-            for step in steps[run.name]
-        }
-        for name, key in (("training time (s)", "wall_seconds"), ("parameters", "num_params"))
+        name: {key: cost for key, cost in its.items() if cost is not None}
+        for name, its in costs.items()
     }
 
 

@@ -51,12 +51,17 @@ class Run:
         return values[-1] if values else None
 
     def seconds_to(self, step: int | None) -> float | None:
-        """Wall time from the first start to a step, or to the last one logged before it."""
-        logged = [row for row in self.rows if "train/loss" in row and row["step"] <= (step or 0)]
-        times = [row["time"] for row in logged if "time" in row]
-        if not times or "started" not in self.record:
-            return None
-        return max(times) - self.record["started"]
+        """What the steps took up to this one, or to the last one logged before it.
+
+        By their throughput: compiling, evaluation and the time that a run stood still between a
+        kill and its next start are no cost of the model.
+        """
+        seconds, before = 0.0, 0
+        for logged, rate in zip(*self.series("speed/images_per_second"), strict=True):
+            if logged <= (step or 0) and rate:
+                seconds += (logged - before) * self.config["batch_size"] / rate
+                before = logged
+        return seconds if before else None
 
     def evaluated(self) -> list[str]:
         """Names of metrics of evaluations, such as 'test/top1', in the order of the file."""

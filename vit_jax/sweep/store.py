@@ -151,6 +151,9 @@ class Store:
           units: that there are now.
           tasks: others, by id.
           steps: of the runs' checkpoints, see `Finder`.
+
+        Raises:
+          ValueError: another file means something else by a name of this one.
         """
         plan = {
             "format": FORMAT,
@@ -161,6 +164,7 @@ class Store:
             "checkpoints": sorted({f"{unit.run}@{unit.step}" for unit in units}),
             "steps": steps if isinstance(steps, str) else list(steps),
         }
+        self._check_names(name, plan["settings"])
         text = json.dumps(plan, indent=1)
         path = self._path("plans", name)
         if path.exists() and path.read_text() == text:
@@ -168,6 +172,20 @@ class Store:
         beside = path.with_name(f".{uuid.uuid4().hex}.tmp")
         beside.write_text(text)
         beside.replace(path)
+
+    def _check_names(self, name: str, settings: Sequence[tuple[str, str, str]]) -> None:
+        """Tables go by names: of one evaluation there are no two kinds in a folder."""
+        for path in self._files("plans"):
+            noted = read_result(path)["settings"] if path.stem != name else []
+            theirs = {(dataset, evaluation): digest for dataset, evaluation, digest in noted}
+            for dataset, evaluation, digest in settings:
+                if theirs.get((dataset, evaluation), digest) != digest:
+                    raise ValueError(
+                        f"evals.{evaluation} on datasets.{dataset} has other settings in the sweep "
+                        f"file {path.stem!r}, which shares this folder, and tables could not tell "
+                        f"them apart; call one of them otherwise, or delete {path} if that file "
+                        "is gone."
+                    )
 
     def current(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The results that the folder's sweep files ask for, and the orphaned ones.
