@@ -18,6 +18,18 @@ def test_groups_of_heads_in_a_loop_are_the_same(monkeypatch):
     check(2, 24, 8, 32, "float32", masked=True, implementation="interpret")
 
 
+def test_cells_of_some_images_add_up_to_the_biases_gradient(monkeypatch):
+    monkeypatch.setattr(attention_tpu, "CELL_BYTES", 120_000)  # 2 of 6 images of 49 kB
+    qkv = jax.ShapeDtypeStruct((6, 24, 3 * 64), jnp.float32)
+    out, lse = jax.eval_shape(lambda x: attention_tpu.forward(x, None, None, num_heads=2), qkv)
+    sums = jax.eval_shape(
+        lambda *x: attention_tpu.backward(x[0], None, None, *x[1:], num_heads=2),
+        *(qkv, out, lse, out),
+    )[1]
+    assert sums.shape == (3, 1, 3 * 64)
+    check(6, 24, 2, 32, "float32", masked=False, implementation="interpret")
+
+
 def test_queries_are_cut_into_whole_tiles():
     for tokens in TOKENS:
         slices = attention_tpu._queries(tokens)

@@ -7,8 +7,11 @@ import pytest
 from flax import nnx
 
 from tests.models import reference
+from vit_jax import hlo, plan
+from vit_jax.models import layers
 from vit_jax.models.heads import make_head, make_pool
 from vit_jax.models.layers import (
+    ACTIVATIONS,
     Attention,
     Block,
     LayerScale,
@@ -25,6 +28,7 @@ from vit_jax.models.layers import (
 from vit_jax.models.model import Model
 from vit_jax.models.vit import make_vit
 from vit_jax.preprocess import Preprocess
+from vit_jax.sharding import make_mesh
 from vit_jax.tree import named_leaves
 
 
@@ -142,6 +146,54 @@ def test_initial_values(cls):
             fan_out = 64 if "qkv" in name else leaf.shape[1] // (1 + packed)
             deviation = (2 / (leaf.shape[0] + fan_out)) ** 0.5
             assert np.std(leaf) == pytest.approx(deviation, rel=0.1), name
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("gelu_tanh", "TPU v6 lite"), ("gelu", "TPU v6 lite"), ("gelu", "TPU v5 lite")],
+)
+def test_activations_and_their_gradients_are_float64s(monkeypatch, name, kind):
+    monkeypatch.setattr(layers, "device_kind", lambda: kind)  # of a chip that keeps both, or x
+    x = 3 * np.random.default_rng().standard_normal((2, 5, 8))
+    grad = np.random.default_rng().standard_normal(x.shape)
+    exact = reference.gelu if name == "gelu_tanh" else reference.exact_gelu
+    slope = (exact(x + 1e-5) - exact(x - 1e-5)) / 2e-5
+
+    @jax.jit
+    def run(x, grad):
+        function = functools.partial(layers.activate, ACTIVATIONS[name])
+        out, pull = jax.vjp(jax.checkpoint(function), x)
+        return out, *pull(grad)
+
+    for dtype, error in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
+        out, found = run(jnp.asarray(x, dtype), jnp.asarray(grad, dtype))
+        assert out.dtype == found.dtype == dtype
+        for got, wanted in ((out, exact(x)), (found, grad * slope)):
+            assert np.abs(np.asarray(got, np.float64) - wanted).max() < error * np.abs(wanted).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("topology", "times"), [("v6e:2x2", 1), ("v5e:2x2", 3)])
+def test_wide_tpus_compute_a_gelu_once(topology, times):
+    pytest.importorskip("libtpu", reason="libtpu is not installed")
+    devices = plan.topology(topology).devices[:1]
+    mesh = make_mesh(devices=devices)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    mlp = nnx.eval_shape(lambda: Mlp(128, 512, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(mlp)
+
+    def step(params, x, grad):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            out, pull = jax.vjp(lambda p, x: nnx.merge(graphdef, p)(x), params, x)
+            return out, pull(grad)
+
+    x = jax.ShapeDtypeStruct((8, 64, 128), jnp.bfloat16)
+    operands = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (nnx.to_pure_dict(params), x, x),
+    )
+    program = hlo.parse(jax.jit(step).lower(*operands).compile().as_text())
+    assert sum(i.opcode == "tanh" for _, i, _, _ in program.visits()) == times
 
 
 def test_swiglu_is_gated_by_the_first_half():

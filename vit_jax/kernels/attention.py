@@ -167,7 +167,8 @@ def _platform() -> str:
     return device.platform if device is not None else jax.default_backend()
 
 
-def _device_kind() -> str:
+def device_kind() -> str:
+    """JAX's name of the chip that is traced for: of the mesh in use, else of this machine's."""
     device = _elsewhere()
     return (device if device is not None else jax.local_devices()[0]).device_kind
 
@@ -188,7 +189,7 @@ def _obstacle(name: str, shape: tuple[int, ...], dtype: str, num_heads: int, mas
         return "needs Pallas' Triton backend, which this JAX lacks"
     if limits.platform not in ("", platform):
         return f"runs on {limits.platform.upper()}, not on {platform}"
-    if limits.platform == "tpu" and (kind := _device_kind()) in OLD_TPUS:
+    if limits.platform == "tpu" and (kind := device_kind()) in OLD_TPUS:
         return f"wants a TPU v4 or a newer one, not a {kind}"
     if limits.platform == "gpu" and (why := _unfit_gpu()):
         return why

@@ -31,7 +31,7 @@ MAX_QUERIES = 3 * LANES
 MAX_UNROLLED = 8 * 1024 * 1024
 """Scores of one body of code; beyond, heads are looped over. Compiling takes time in proportion."""
 
-CELL_BYTES = 8 * 1024 * 1024
+CELL_BYTES = 10 * 1024 * 1024
 """Of the images that a grid cell takes at a time: starting a cell costs about 500 cycles."""
 
 VMEM_BYTES = 64 * 1024 * 1024
@@ -71,13 +71,13 @@ def backward(qkv, query_ids, key_ids, out, lse, grad, *, num_heads, interpret=Fa
       grad: of `out`.
 
     Returns:
-      The gradient of qkv, and [batch, 1, 3 * dim] float32: its sum over the tokens of an image,
-      which is what the gradient of the projection's bias is made of.
+      The gradient of qkv, and [cells, 1, 3 * dim] float32: its sum over the tokens of a grid
+      cell's images, which is what the gradient of the projection's bias is made of.
     """
-    batch, _, width = qkv.shape
+    width = qkv.shape[2]
     results = (
         jax.ShapeDtypeStruct(qkv.shape, qkv.dtype),
-        jax.ShapeDtypeStruct((batch, 1, width), jnp.float32),
+        jax.ShapeDtypeStruct((1, 1, width), jnp.float32),
     )
     masks = () if query_ids is None else (query_ids, key_ids)
     body = functools.partial(_backward, num_heads=num_heads, masked=bool(masks))
@@ -86,7 +86,10 @@ def backward(qkv, query_ids, key_ids, out, lse, grad, *, num_heads, interpret=Fa
 
 
 def _call(body, name, operands, results, num_heads, interpret):
-    """Runs body(image, *refs, scratch) for every image; all arrays have a leading batch."""
+    """Runs body(image, *refs, scratch) for every image.
+
+    All arrays have a leading batch, except for results of 1, of which each cell has its own.
+    """
     batch, tokens, width = operands[0].shape
     one = sum(x.size * x.dtype.itemsize for x in (*operands, *results)) // batch
     images = max(
@@ -101,13 +104,19 @@ def _call(body, name, operands, results, num_heads, interpret):
 
         jax.lax.fori_loop(0, images, image, None)
 
+    cells = batch // images
+    results = [
+        x if x.shape[0] == batch else jax.ShapeDtypeStruct((cells, *x.shape[1:]), x.dtype)
+        for x in results
+    ]
+
     def spec(x):
-        return pl.BlockSpec((images, *x.shape[1:]), lambda cell: (cell, 0, 0))
+        return pl.BlockSpec((x.shape[0] // cells, *x.shape[1:]), lambda cell: (cell, 0, 0))
 
     return pl.pallas_call(
         kernel,
         name=name,
-        grid=(batch // images,),
+        grid=(cells,),
         in_specs=[spec(x) for x in operands],
         out_specs=[spec(x) for x in results],
         out_shape=results,
@@ -215,7 +224,9 @@ def _backward(image, *refs, num_heads, masked):
 
         def store(base, tile, x):
             qkv_grad[image, :, _at(base, tile)] = x.astype(qkv_grad.dtype)
-            sums[image, :, _at(base, tile)] = x.sum(axis=0, keepdims=True)
+            at = _at(base, tile)
+            before = jnp.where(image == 0, 0.0, sums[0, :, at])
+            sums[0, :, at] = before + x.sum(axis=0, keepdims=True)
 
         units = [(head, rows) for head in range(count) for rows in tiles]
         _pipeline(units, products, differentiate, ahead=1)
