@@ -37,7 +37,7 @@ MAX_FSDP = 64  # parts of 1,024 rows that are still 16 rows, a tile of bfloat16
 # that one sum over `tensor` follows each pair. The fused qkv projection holds queries, keys and
 # values side by side: a tensor axis on its columns would cut through them and not between heads, so
 # its rows are split, and what each device gets for the product is its heads' columns. `fsdp` splits
-# rows everywhere: of large matrices (ViT-22B) the compiler sums columns whole.
+# the rows of every matrix: of large ones (ViT-22B) the compiler sums columns whole.
 PLACEMENTS = (
     (r"/(attn/)?(qkv|kv)/kernel$", (("fsdp", "tensor"), ("fsdp_z",))),
     (r"/mlp/fc1/kernel$", (("fsdp",), ("tensor", "fsdp_z"))),

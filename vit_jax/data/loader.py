@@ -174,7 +174,6 @@ class Loader:
         self.num_steps = num_steps
         blank = augment.zeros()
         little = _is_little(source, blank)
-        one = num_workers or little
         self._batches = _LocalBatches(
             source=source,
             order=order,
@@ -185,7 +184,8 @@ class Loader:
             batch_size=batch_size,
             slots=np.arange(batch_size) if slots is None else np.asarray(slots),
             steps=range(start_step, num_steps),
-            num_threads=num_threads or (1 if one else min(num_cores(), MAX_THREADS)),
+            num_threads=num_threads
+            or (1 if num_workers or little else min(num_cores(), MAX_THREADS)),
             block=LITTLE_BLOCK if little else BLOCK,
         )
         wanted = num_cores() if num_workers < 0 else num_workers
