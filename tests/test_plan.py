@@ -130,6 +130,7 @@ custom_call_target="tpu_custom_call", metadata={op_name="transpose(jvp())/attn"}
     [
         ("Ran out of memory in memory space hbm. Used 20.25G of 15.75G hbm.", 20.25 * 2**30),
         ("the total memory required for HLO temporaries (512.00G) exceeds available", 2**39),
+        ("Ran out of memory in memory space vmem. Used 19.98M of 16.00M vmem.", None),
         ("something else", None),
     ],
 )

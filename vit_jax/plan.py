@@ -199,16 +199,17 @@ def compile_step(
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        needed = needed_bytes(str(error))
+        if needed is None:  # of something else, such as a chip's own memory
             raise
-        return Compiled(None, None, time.time() - start, needed_bytes(str(error)))
+        return Compiled(None, None, time.time() - start, needed)
     module = hlo.parse(program.as_text())
     return Compiled(program, module, time.time() - start)
 
 
 def needed_bytes(message: str) -> int | None:
-    """What the TPU compiler's out-of-memory error says that a device would need; else None."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    """What the TPU compiler's error says that a device's HBM would have to hold; else None."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
     found = found or re.search(r"required[^(]*\(([\d.]+)([KMGT])\) exceeds", message)
     return round(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1)) if found else None
 

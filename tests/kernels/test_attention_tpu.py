@@ -119,3 +119,26 @@ def test_on_tpus_whose_compiler_refuses_the_kernel_auto_goes_on_without(kind, ta
         if taken == "xla":
             with pytest.raises(ValueError, match="wants a TPU v4 or a newer one, not a TPU v3"):
                 kernels.choose("tpu", jnp.zeros((8, 16, 192)), 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_heads", "head_dim", "taken"),
+    [(196, 6, 64, "tpu"), (256, 16, 104, "tpu"), (577, 16, 64, "xla"), (256, 48, 128, "xla")],
+)
+def test_on_a_v4_with_its_small_memory_large_images_go_without(tokens, num_heads, head_dim, taken):
+    """As its compiler has it: of the last two the backward pass, or both, are refused."""
+    device = jax.sharding.AbstractDevice("TPU v4", 1, "tpu")
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
+    qkv = jax.ShapeDtypeStruct((8, tokens, 3 * num_heads * head_dim), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert kernels.choose("auto", qkv, num_heads) == taken
+        if taken == "xla":
+            with pytest.raises(ValueError, match="MiB of the chip's own memory, of which it has"):
+                kernels.choose("tpu", qkv, num_heads)
+        elif tokens == 196:  # ten images of 1.2 MiB would take 24
+            cells = jax.eval_shape(
+                lambda q, o, s: attention_tpu.backward(q, None, None, o, s, o, num_heads=6),
+                *(qkv, jax.ShapeDtypeStruct((8, 196, 384), jnp.bfloat16)),
+                jax.ShapeDtypeStruct((8, 6, 196), jnp.float32),
+            )[1].shape[0]
+            assert cells == 4

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from vit_jax.kernels import attention_gpu, attention_tpu
+from vit_jax.kernels.devices import device_kind, mesh_device
 
 AUTO = {"tpu": ("tpu", "xla"), "gpu": ("cudnn", "gpu", "xla")}
 """Platform -> what `auto` tries, in this order; ('xla',) on all others."""
@@ -163,19 +164,8 @@ def _log_once(message: str) -> None:
 
 
 def _platform() -> str:
-    device = _elsewhere()
+    device = mesh_device()
     return device.platform if device is not None else jax.default_backend()
-
-
-def device_kind() -> str:
-    """JAX's name of the chip that is traced for: of the mesh in use, else of this machine's."""
-    device = _elsewhere()
-    return (device if device is not None else jax.local_devices()[0]).device_kind
-
-
-def _elsewhere() -> jax.sharding.AbstractDevice | None:
-    """The kind of device that a mesh in use is made of, or None."""
-    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
 def _obstacle(name: str, shape: tuple[int, ...], dtype: str, num_heads: int, masked: bool) -> str:
@@ -204,6 +194,9 @@ def _obstacle(name: str, shape: tuple[int, ...], dtype: str, num_heads: int, mas
         )
     if masked and not limits.masks:
         return "takes no mask"
+    _, split = parts or (1, 1)
+    if name == "tpu" and (why := attention_tpu.too_large(tokens, width, dtype, num_heads, split)):
+        return why
     if parts is None:
         if limits.platform and jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty:
             return "needs to know the mesh where there are several devices (jax.set_mesh)"

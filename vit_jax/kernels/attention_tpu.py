@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from vit_jax.kernels.devices import device_kind
+
 LANES = 128
 """Of a vector register, and of a tile of an array in memory."""
 
@@ -35,6 +37,11 @@ CELL_BYTES = 10 * 1024 * 1024
 """Of the images that a grid cell takes at a time: starting a cell costs about 500 cycles."""
 
 VMEM_BYTES = 64 * 1024 * 1024
+
+SMALL_CHIPS = ("TPU v4",)
+SMALL_CELL_BYTES = 4 * 1024 * 1024
+SMALL_VMEM_BYTES = 16 * 1024 * 1024
+"""Of chips with less memory of their own."""
 
 ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
 ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
@@ -92,9 +99,8 @@ def _call(body, name, operands, results, num_heads, interpret):
     """
     batch, tokens, width = operands[0].shape
     one = sum(x.size * x.dtype.itemsize for x in (*operands, *results)) // batch
-    images = max(
-        n for n in range(1, batch + 1) if (batch % n == 0 and n * one <= CELL_BYTES) or n == 1
-    )
+    most = SMALL_CELL_BYTES if device_kind() in SMALL_CHIPS else CELL_BYTES
+    images = max(n for n in range(1, batch + 1) if (batch % n == 0 and n * one <= most) or n == 1)
     group = heads_a_group(tokens, width // 3, num_heads) * (width // 3 // num_heads)
 
     def kernel(*refs):
@@ -126,6 +132,27 @@ def _call(body, name, operands, results, num_heads, interpret):
         ),
         interpret=interpret,
     )(*operands)
+
+
+def too_large(tokens: int, width: int, dtype: str, num_heads: int, parts: int = 1) -> str:
+    """Why an image does not fit into the chip's own memory, or ''.
+
+    Args:
+      tokens, width, dtype: of qkv, whose width is 3 * dim.
+      num_heads: of all devices.
+      parts: into which the heads are split.
+
+    The backward pass holds qkv, the output and the gradients of both, each twice, while the next
+    image comes and the last one goes, and the scratch memory.
+    """
+    if device_kind() not in SMALL_CHIPS:
+        return ""
+    dim, num_heads = width // 3 // parts, max(num_heads // parts, 1)
+    group = heads_a_group(tokens, dim, num_heads) * (dim // num_heads)
+    needed = 2 * (8 * dim * jnp.dtype(dtype).itemsize + 4 * num_heads) * tokens + 4 * group * tokens
+    if needed <= SMALL_VMEM_BYTES:
+        return ""
+    return f"wants {needed / 2**20:.1f} MiB of the chip's own memory, of which it has 16"
 
 
 def heads_a_group(tokens: int, dim: int, num_heads: int) -> int:

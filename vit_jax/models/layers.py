@@ -14,7 +14,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from vit_jax.axes import named, num_parts
-from vit_jax.kernels.attention import KERNELS, Segments, attention, choose, device_kind, with_bias
+from vit_jax.kernels.attention import KERNELS, Segments, attention, choose, with_bias
+from vit_jax.kernels.devices import device_kind
 from vit_jax.models.pos_embed import Rope, rotate
 
 NORM_EPS = 1e-6  # the ViT paper's code; torch's default is 1e-5
