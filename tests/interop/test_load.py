@@ -107,8 +107,8 @@ def test_a_square_is_one_number_and_only_runs_have_steps(tmp_path):
     assert model.backbone.image_size == (32, 32) and model.backbone.patch_size == (8, 8)
     with pytest.raises(ValueError, match="is no folder of a run, so it has no step=3"):
         vit_jax.load(path, step=3)
-    with pytest.raises(ValueError, match="not 3; leave num_heads out"):
-        vit_jax.load(path, num_heads=3)
+    with pytest.raises(ValueError, match="not 4; set num_heads=3"):
+        vit_jax.load(path, num_heads=4)
 
 
 def test_another_normalisation():

@@ -172,7 +172,7 @@ def bytes_by_device():
     [
         ({"dim": 64}, "another backbone than config.model: set dim=64 there"),
         ({"depth": 1}, "set depth=1 there"),
-        ({"num_heads": 4}, "set num_heads=4 there"),
+        ({"num_heads": 4}, "num_heads=4, not 2; set num_heads=4"),
         ({"pos_embed": "sincos2d"}, "set pos_embed='sincos2d' there"),
         ({"activation": "gelu", "norm_eps": 1e-5}, "set activation='gelu', norm_eps=1e-05 there"),
     ],

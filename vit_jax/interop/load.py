@@ -283,7 +283,7 @@ def _new_head(spec: Spec, params: Params, num_classes: int, report: Report):
 
 def _agreed(told: int | None, given: int | None) -> int | None:
     if told and given and told != given:
-        raise ValueError(f"the source tells num_heads={told}, not {given}; leave num_heads out.")
+        raise ValueError(f"the source tells num_heads={told}, not {given}; set num_heads={told}.")
     return told or given
 
 
