@@ -256,6 +256,24 @@ def test_topologies_have_the_devices_that_jax_has_on_real_chips():
         plan.topology("v5e:3x5")
 
 
+@needs_libtpu
+def test_loops_take_what_the_compiler_says_that_they_take_at_once():
+    """What it calls temporary is more: a stack that one loop leaves to the next counts twice."""
+    target = plan.topology("v5e:2x2")
+    place = jax.sharding.SingleDeviceSharding(target.devices[0])
+    shapes = (2, 256, 256), (1 << 18, 256)  # 268 MB a layer, much more than a chip's own memory
+    w, x = (jax.ShapeDtypeStruct(shape, np.float32, sharding=place) for shape in shapes)
+
+    def loss(w, x):
+        return jax.lax.scan(lambda x, w: (jax.numpy.tanh(x @ w), None), x, w)[0].sum()
+
+    program = jax.jit(jax.grad(loss)).lower(w, x).compile()
+    stats = program.memory_analysis()
+    summed = stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes
+    least = stats.argument_size_in_bytes + 2 * x.size * 4  # what each layer was given is kept
+    assert least <= plan.peak_bytes(program, target) < summed
+
+
 @pytest.mark.slow
 @needs_libtpu
 def test_a_plan_for_tpus(capsys, tmp_path, monkeypatch):
