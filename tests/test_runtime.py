@@ -145,6 +145,15 @@ def test_a_job_that_cannot_start_says_why(flags, error, words):
     assert "\n" not in str(caught.value)
 
 
+def test_a_cluster_whose_first_process_is_silent_is_told_its_address(monkeypatch):
+    """By the variables that SLURM sets in a step; port 61,440 is JAX's for such a job."""
+    step = {"JOB_ID": "4096", "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": "1"}
+    for name, value in {**step, "LOCALID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(TimeoutError, match="coordinator localhost:61440 did not answer within 0 s"):
+        start_processes(start_timeout=0.4)
+
+
 def test_a_pod_of_several_slices_knows_who_it_is(monkeypatch):
     """By the variables that GKE sets in the pods of a JobSet."""
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)

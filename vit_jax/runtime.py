@@ -188,7 +188,9 @@ def start_processes(
             cluster_detection_method="deactivate",
             **options,
         )
-    elif _cluster() is not None:
+    elif (cluster := _cluster()) is not None:
+        if cluster.get_process_id():
+            _await_coordinator(_address_there(start_timeout), start_timeout)
         jax.distributed.initialize(**options)
     return Processes(timeout=start_timeout)
 
@@ -208,6 +210,13 @@ def _cluster() -> type[clusters.ClusterEnv] | None:
     """What `jax.distributed` would find; without one it raises."""
     known = clusters.ClusterEnv._cluster_types
     return next((x for x in known if not x.opt_in_only_method and x.is_env_present()), None)
+
+
+def _address_there(timeout: float) -> str:
+    """Where `jax.distributed` would look for process 0 of the cluster's job."""
+    given = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
+    return detect(given, None, None, (), None, round(timeout))[0]
 
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
