@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 
 # Before jax starts. Processes that a test starts inherit this.
 os.environ["JAX_PLATFORMS"] = os.environ.get("VIT_JAX_TEST_PLATFORM", "cpu")
@@ -48,3 +49,18 @@ def data_dir(tmp_path_factory) -> str:
     folder = str(root / "data")
     prepare_digits(data_dir=folder, exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(data_dir, tmp_path_factory) -> tuple[pathlib.Path, dict]:
+    """A run of `short` at its end, made once for each test process: its workdir, its results."""
+    from tests.runs import run, short
+
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return workdir, run(short(data_dir), workdir)[1]
+
+
+@pytest.fixture
+def finished_copy(finished, tmp_path) -> tuple[pathlib.Path, dict]:
+    """The same for a test that changes it, as `tmp_path / "run"`."""
+    return shutil.copytree(finished[0], tmp_path / "run"), finished[1]

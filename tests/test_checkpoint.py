@@ -188,10 +188,10 @@ def test_a_reader_makes_no_folder(tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-def test_arrays_and_json_are_all_that_is_on_disk(data_dir, tmp_path):
-    run(short(data_dir), tmp_path / "run")
+def test_arrays_and_json_are_all_that_is_on_disk(finished):
+    workdir, _ = finished
     arrays = 0
-    for path in (tmp_path / "run" / "checkpoints").rglob("*"):
+    for path in (workdir / "checkpoints").rglob("*"):
         if path.is_dir() or path.name == "commit_success.txt":
             continue
         data = path.read_bytes()
@@ -202,7 +202,7 @@ def test_arrays_and_json_are_all_that_is_on_disk(data_dir, tmp_path):
         else:
             json.loads(data)
     assert arrays
-    for value in saved_state(tmp_path / "run", 6).values():
+    for value in saved_state(workdir, 6).values():
         assert value.dtype.kind in "fi"
 
 

@@ -230,23 +230,21 @@ def test_time_adds_up_to_the_wall_time(data_dir, tmp_path):
         assert record["seconds"][name] > 0, name
 
 
-def test_evaluate_checkpoint_gives_the_numbers_of_training(data_dir, tmp_path):
-    config = short(data_dir)
-    _, results = run(config, tmp_path / "run")
-    step, again = evaluation_lib.evaluate_checkpoint(config, epath.Path(tmp_path / "run"))
+def test_evaluate_checkpoint_gives_the_numbers_of_training(data_dir, finished):
+    workdir, results = finished
+    step, again = evaluation_lib.evaluate_checkpoint(short(data_dir), epath.Path(workdir))
     assert step == 6
     assert again == results
 
 
-def test_a_finished_run_started_again_changes_nothing(data_dir, tmp_path):
-    config = short(data_dir)
-    _, results = run(config, tmp_path / "run")
+def test_a_finished_run_started_again_changes_nothing(data_dir, finished_copy):
+    workdir, results = finished_copy
     files = ("metrics.jsonl", "run.json", "config.json")
-    before = [(tmp_path / "run" / name).read_text() for name in files]
-    trainer, again = run(config, tmp_path / "run")
+    before = [(workdir / name).read_text() for name in files]
+    trainer, again = run(short(data_dir), workdir)
     assert again == results
     assert trainer.finished
-    assert before == [(tmp_path / "run" / name).read_text() for name in files]
+    assert before == [(workdir / name).read_text() for name in files]
 
 
 @pytest.mark.parametrize(
@@ -293,24 +291,21 @@ def test_an_unknown_key_names_the_nearest(data_dir, tmp_path):
         run(config, tmp_path / "run")
 
 
-def test_another_config_on_the_same_workdir_is_refused_but_cadences_may_change(data_dir, tmp_path):
-    config = short(data_dir)
-    run(config, tmp_path / "run")
+def test_another_config_on_a_workdir_is_refused_but_cadences_may_change(data_dir, finished_copy):
+    workdir, _ = finished_copy
     other = short(data_dir, optimizer__learning_rate=0.5, seed=1)
     with pytest.raises(ValueError, match=r"optimizer.learning_rate: 0.002 -> 0.5; seed: 0 -> 1"):
-        run(other, tmp_path / "run")
-    run(short(data_dir, log_every=2, eval_every=1), tmp_path / "run")
+        run(other, workdir)
+    run(short(data_dir, log_every=2, eval_every=1), workdir)
 
 
-def test_another_dataset_under_the_same_name_is_refused(data_dir, tmp_path, monkeypatch):
-    config = short(data_dir)
-    run(config, tmp_path / "run")
+def test_another_dataset_under_the_same_name_is_refused(data_dir, finished_copy, monkeypatch):
     changed = lambda *a, **k: dataclasses.replace(  # noqa: E731
         dataset_info(*a, **k), fingerprint="0" * 64
     )
     monkeypatch.setattr(trainer_lib, "dataset_info", changed)
     with pytest.raises(ValueError, match="fingerprint of data: .* -> 000000000000"):
-        run(config, tmp_path / "run")
+        run(short(data_dir), finished_copy[0])
 
 
 @pytest.mark.parametrize(
@@ -347,18 +342,17 @@ def test_evaluation_data_of_other_classes_are_refused(data_dir, tmp_path, monkey
         run(tiny(data_dir), tmp_path / "run")
 
 
-def test_other_evaluation_data_are_noticed_on_resuming(data_dir, tmp_path, monkeypatch):
-    config = short(data_dir)
-    run(config, tmp_path / "run")
+def test_other_evaluation_data_are_noticed_on_resuming(data_dir, finished_copy, monkeypatch):
+    config, (workdir, _) = short(data_dir), finished_copy
 
     def other(name, **where):
         return dataclasses.replace(dataset_info(name, **where), fingerprint="0" * 64)
 
     monkeypatch.setattr("vit_jax.evals.base.dataset_info", other)
     with pytest.raises(ValueError, match="fingerprint of evals.test: .* -> 000000000000"):
-        run(config, tmp_path / "run")
+        run(config, workdir)
     with pytest.raises(ValueError, match="dataset of evals.test is not the one of the run"):
-        evaluation_lib.evaluate_checkpoint(config, epath.Path(tmp_path / "run"))
+        evaluation_lib.evaluate_checkpoint(config, epath.Path(workdir))
 
 
 def test_resuming_under_other_versions_is_said(data_dir, tmp_path, monkeypatch):
@@ -371,11 +365,11 @@ def test_resuming_under_other_versions_is_said(data_dir, tmp_path, monkeypatch):
     assert trainer.record.changes == [f"jax {now['jax']} -> 99.0"]
 
 
-def test_checkpoints_without_their_config_are_not_taken_over(data_dir, tmp_path):
-    run(short(data_dir), tmp_path / "run")
-    (tmp_path / "run" / "config.json").unlink()
+def test_checkpoints_without_their_config_are_not_taken_over(data_dir, finished_copy):
+    workdir, _ = finished_copy
+    (workdir / "config.json").unlink()
     with pytest.raises(ValueError, match="holds checkpoints but no config.json"):
-        run(short(data_dir), tmp_path / "run")
+        run(short(data_dir), workdir)
 
 
 def test_a_score_that_is_not_finite_is_no_score(data_dir, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from etils import epath
 
 from benchmarks.transfer import check_same, cifar10_files
 from tests.archives import CIFAR10, NO_CIFAR10
-from tests.runs import deterministic_rows, run, saved_state, short
+from tests.runs import deterministic_rows, run, saved_state
 from vit_jax.commands.config_flag import load_config
 from vit_jax.config import differences, save_json
 from vit_jax.data.prepare import prepare_folder
@@ -16,11 +16,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def trained(data_dir, tmp_path_factory):
+def trained(finished):
     """The workdir of a finished run on the digits."""
-    workdir = tmp_path_factory.mktemp("transfer") / "run"
-    run(short(data_dir), workdir)
-    return workdir
+    return finished[0]
 
 
 @pytest.mark.parametrize("mode", ["full", "layerwise", "probe"])

@@ -7,7 +7,6 @@ import pytest
 
 import vit_jax
 from tests.data.images import encode, noise, write_tree
-from tests.runs import run, short
 from vit_jax import cli
 from vit_jax.data.decode import decode
 from vit_jax.data.sources import load_source
@@ -16,10 +15,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def workdir(data_dir, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("embed") / "run"
-    run(short(data_dir), workdir)
-    return workdir
+def workdir(finished):
+    return finished[0]
 
 
 @pytest.fixture(scope="module")

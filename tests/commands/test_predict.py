@@ -10,7 +10,6 @@ import pytest
 import vit_jax
 from tests.data.images import bad_files, encode, noise, write_tree
 from tests.interop.models import source, spec
-from tests.runs import run, short
 from vit_jax import cli
 from vit_jax.data.augment import resize_center_crop
 from vit_jax.data.decode import decode
@@ -21,14 +20,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def trained(data_dir, tmp_path_factory):
+def trained(data_dir, finished, tmp_path_factory):
     """(workdir, folder of test images by class, their pixels by path)."""
     root = tmp_path_factory.mktemp("predict")
-    run(short(data_dir), root / "run")
     records = load_source("digits", split="test", data_dir=data_dir)
     files = {f"{records[i]['label']}/{i:03d}.png": records[i]["image"] for i in range(40)}
     write_tree(root / "images", files)
-    return root / "run", root / "images", {k: decode(files[k]) for k in sorted(files)}
+    return finished[0], root / "images", {k: decode(files[k]) for k in sorted(files)}
 
 
 @pytest.fixture(scope="module")

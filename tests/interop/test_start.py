@@ -26,11 +26,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def trained(data_dir, tmp_path_factory):
+def trained(finished):
     """The workdir of a finished run."""
-    workdir = tmp_path_factory.mktemp("start") / "run"
-    run(short(data_dir), workdir)
-    return workdir
+    return finished[0]
 
 
 def test_from_a_run_with_the_same_classes_everything_comes_in(trained, data_dir, tmp_path, capsys):

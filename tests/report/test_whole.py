@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from tests.report.pages import Opened, browser
-from tests.runs import run, short
 from vit_jax.commands import report
 from vit_jax.data.decode import decode
 from vit_jax.data.sources import load_source
@@ -19,9 +18,8 @@ pytest.importorskip("itables", reason="needs the extra 'report'")
 
 
 @pytest.mark.slow
-def test_the_page_of_a_trained_run(data_dir, tmp_path):
-    workdir = tmp_path / "run"
-    _, results = run(short(data_dir), workdir)
+def test_the_page_of_a_trained_run(data_dir, finished_copy):
+    workdir, results = finished_copy
     assert report.main([f"--workdir={workdir}"]) == 0
     page = (workdir / "report.html").read_text()
     body = page.split('<script type="application/json"')[0]
