@@ -206,6 +206,17 @@ def test_arrays_and_json_are_all_that_is_on_disk(finished):
         assert value.dtype.kind in "fi"
 
 
+def test_a_save_does_not_poll_for_a_stop(tmp_path, monkeypatch):
+    """With another number than the loop's polls: JAX would agree on one that never comes."""
+    polls = []
+    ask = lambda number: polls.append(number) or False  # noqa: E731
+    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", ask)
+    with contextlib.closing(Checkpoints(tmp_path / "run")) as checkpoints:
+        checkpoints.save(7, {"w": jnp.ones(3)}, {"step": 7})
+        checkpoints.wait()
+        assert checkpoints.steps() == [7] and not polls
+
+
 def test_saving_goes_on_in_the_background_with_the_state_of_the_call(tmp_path):
     """Each step is given the buffers of the one before; what was saved must not follow."""
 

@@ -39,6 +39,18 @@ class _Best:
         return [checkpoint.step in best for checkpoint in checkpoints]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but it does not ask JAX whether the job is to stop.
+
+    JAX has all processes stop one poll after the highest number that any of them polled with last,
+    and `runtime.AgreedStop` counts its polls. Orbax polls with the step, in its thread, too: a
+    SIGTERM during a save was agreed on for a poll that had long been.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run, written in the background and renamed when whole.
 
@@ -70,7 +82,7 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy([LatestN(keep), self._best]),
         )
         handlers = {"state": _state_handler(), "meta": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.folder.absolute(), options=options, item_handlers=handlers
         )
 
