@@ -25,8 +25,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # Files that take a minute or more: begun last, one would be left to a single process.
 LONGEST = (
-    "test_train.py",
+    "test_processes.py",
+    "test_meshes.py",
     "test_resume.py",
+    "test_kernels.py",
+    "test_launch.py",
+    "test_train.py",
     "test_cifar10.py",
     "test_vit.py",
     "test_configs.py",

@@ -82,9 +82,7 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy([LatestN(keep), self._best]),
         )
         handlers = {"state": _state_handler(), "meta": ocp.JsonCheckpointHandler()}
-        self._manager = _Manager(
-            self.folder.absolute(), options=options, item_handlers=handlers
-        )
+        self._manager = _Manager(self.folder.absolute(), options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """The whole checkpoints on disk, oldest first."""

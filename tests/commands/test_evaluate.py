@@ -48,7 +48,7 @@ def test_another_batch_size_counts_the_same(trained, batch_size):
     assert_close(results, logged[6])
 
 
-@pytest.mark.parametrize("devices", [1, 7])
+@pytest.mark.parametrize("devices", [1, pytest.param(7, marks=pytest.mark.slow)])
 def test_another_number_of_devices_counts_the_same(trained, devices):
     _, workdir, logged = trained
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}

@@ -295,7 +295,8 @@ def noisy():
 @pytest.mark.parametrize(
     "scan, remat",
     [
-        *[(True, remat) for remat in REMAT_POLICIES],
+        *[(True, remat) for remat in ("none", "full")],
+        *[pytest.param(True, remat, marks=pytest.mark.slow) for remat in ("dots", "offload")],
         *[pytest.param(False, remat, marks=pytest.mark.slow) for remat in REMAT_POLICIES],
     ],
 )
