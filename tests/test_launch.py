@@ -202,6 +202,12 @@ def test_xpk_makes_the_same_manifest(tmp_path, topology, slices):
     assert f"({launch_lib.shell(ours['command'][1:])}) & PID" in theirs["command"][-1]
 
 
+def test_names_that_yaml_takes_for_something_else_stay_names():
+    made = yaml.safe_load(jobset([TRAIN], image="x", topology="v5e:2x2", name="null", queue="no"))
+    assert made["metadata"]["name"] == "null"
+    assert set(made["metadata"]["labels"].values()) == {"null", "no"}
+
+
 def test_a_wrong_manifest_is_seen():
     text = jobset([TRAIN], image="x", topology="v5e:4x4").replace("parallelism", "paralelism")
     spec = yaml.safe_load(text)["spec"]["replicatedJobs"][0]["template"]["spec"]
@@ -228,9 +234,11 @@ def test_a_jobset_fits_its_config(capfd):
     for more, words in (
         (
             "--config.mesh.data=3",
-            "data=3.* does not multiply to the 16 devices of 1 × v5e:4x4",
+            "16 devices of 1 × v5e:4x4: mesh .*data=3.* does not multiply to the 16 devices",
         ),
         ("--config.batch_size=1000", "batch_size=1000 must be a multiple of 16.*; try 992"),
+        ("--config.train.accumulate=3", "batch_size=1024 must be a multiple of 48, for 16 devices"),
+        ("--config.mesh.tensor=-1", "fsdp=4, tensor=-1 does not multiply to the 16 devices"),
         ("--config.mesh.fspd=2", "fspd"),
     ):
         assert cli.main(["launch", "gke", *flags, *command, more]) == 1
@@ -246,7 +254,7 @@ def test_a_chip_of_two_devices_is_counted_twice(capfd):
         assert (
             cli.main(["launch", "gke", *flags, "--workdir=w", f"--config.mesh.data={data}"]) == code
         )
-    assert "does not multiply to the 128 devices of 1 × tpu7x:4x4x4" in capfd.readouterr().err
+    assert "128 devices of 1 × tpu7x:4x4x4: mesh" in capfd.readouterr().err
 
 
 def test_an_array_is_a_jobset_each():
@@ -303,6 +311,8 @@ def test_tpu_vm_runs_gcloud_and_gives_the_tpu_back(tmp_path, monkeypatch, capfd)
 
 # What does not fit
 
+TPU_VM = ["tpu-vm", "--zone=z", "--accelerator=v4-32", "--runtime_version=v"]
+
 
 @pytest.mark.parametrize(
     "argv, words",
@@ -325,6 +335,12 @@ def test_tpu_vm_runs_gcloud_and_gives_the_tpu_back(tmp_path, monkeypatch, capfd)
         (["gke", "--image=x", "--topology=v5e:4x4", "--name=A", "--", "--x"], "lower-case"),
         (["gke", "--image=x", "--topology=v5e:4x4", "--", "--wandb_api_key=1"], "a secret"),
         (["slurm", "--", "--password=x"], "--password looks like a secret"),
+        (["slurm", "--", "--hf_token", "x"], "--hf_token looks like a secret"),
+        (["slurm", "--option=--export=A_KEY=1,API_KEY=x", "--", "--x"], "API_KEY looks like a sec"),
+        (["slurm", "--nodes=0", "--", "--x"], "--nodes=0 must be at least 1"),
+        ([*TPU_VM, "--max_restarts=-1", "--", "--x"], "--max_restarts=-1 must be at least 0"),
+        (["gke", "--image=x", "--topology=v5e:4x4", "--chips_per_host=0", "--", "--x"], "least 1"),
+        (["--num_processes=2", "local", "--", "--x"], "needs a place: one of local, slurm"),
     ],
 )
 def test_errors_are_one_line(capfd, argv, words):
@@ -338,13 +354,23 @@ def test_a_tool_that_is_missing_is_named(capfd, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert cli.main(["launch", "slurm", "--", "--x"]) == 1
     assert "sbatch is not installed here; --dry_run prints slurm.sbatch" in capfd.readouterr().err
+    assert cli.main(["launch", *TPU_VM, "--", "--x"]) == 1
+    assert "gcloud is not installed here; --dry_run prints tpu_vm.sh" in capfd.readouterr().err
+
+
+def test_tokens_of_a_model_are_no_secret(capfd):
+    leaves = ["--config.model.num_reg_tokens=4", "--config.model.cls_token=True"]
+    assert cli.main(["launch", "slurm", "--dry_run", "--", *TRAIN[1:], *leaves]) == 0
+    assert " ".join(leaves) in capfd.readouterr().out
 
 
 # SLURM
 
 
 def test_the_slurm_script_is_a_shell_script_and_takes_arrays(tmp_path):
-    script = slurm_script(SWEEP, gpus_per_node=8, processes_per_node=1, option=["--partition=p"])
+    more = {"option": ["--partition=p"], "name": "my run", "output": "a log"}
+    script = slurm_script(SWEEP, gpus_per_node=8, processes_per_node=1, **more)
+    assert "#SBATCH --job-name='my run'\n" in script and "#SBATCH --output='a log'\n" in script
     assert "#SBATCH --array=0-2\n" in script and "#SBATCH --partition=p\n" in script
     assert "export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7\n" in script
     executable(tmp_path / "srun", '#!/bin/bash\nshift 2\nexec "$@"\n')

@@ -161,6 +161,13 @@ def test_a_second_run_on_a_workdir_is_refused_in_one_line(data_dir, tmp_path, ow
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"7", b"{}", b'{"host": "far/1"'])
+def test_a_lease_that_no_owner_wrote_holds_nobody_up(tmp_path, content):
+    (tmp_path / ".lease").write_bytes(content)
+    WorkdirLease(epath.Path(tmp_path)).release()
+    assert not (tmp_path / ".lease").exists()
+
+
 def test_a_remote_workdir_has_no_lock(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vit_jax.lease._read", lambda path: None)

@@ -1,6 +1,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -129,7 +130,22 @@ def test_a_signal_during_a_sleep_is_noted_at_once(stop):
         (
             {"coordinator": "localhost:1", "num_processes": 2, "process_id": 2},
             ValueError,
-            "--process_id=2 must be from 0 to 1",
+            "--process_id=2 must be from 0 and less than --num_processes=2",
+        ),
+        (
+            {"coordinator": "localhost:65536", "num_processes": 2, "process_id": 0},
+            ValueError,
+            "--coordinator=localhost:65536 must be host:port",
+        ),
+        (
+            {"coordinator": "::1:1234", "num_processes": 2, "process_id": 1},
+            ValueError,
+            r"--coordinator=::1:1234 must be host:port, as .* \[::1\]:1234",
+        ),
+        (
+            {"coordinator": "[::1]:1", "num_processes": 2, "process_id": 1},
+            TimeoutError,
+            r"coordinator \[::1\]:1 did not answer within 0 s",
         ),
         (
             {"coordinator": "localhost:1", "num_processes": 2, "process_id": 1},
@@ -143,6 +159,13 @@ def test_a_job_that_cannot_start_says_why(flags, error, words):
     with pytest.raises(error, match=words) as caught:
         start_processes(**flags, start_timeout=0.4)
     assert "\n" not in str(caught.value)
+
+
+def test_a_port_that_is_taken_is_told():
+    with socket.create_server(("", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"--coordinator={address}: process 0 cannot listen"):
+            start_processes(coordinator=address, num_processes=2, process_id=0)
 
 
 def test_a_cluster_whose_first_process_is_silent_is_told_its_address(monkeypatch):

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from vit_jax.exit_codes import EXIT_LOST, EXIT_PREEMPTED
@@ -78,11 +78,8 @@ class LocalJob:
         max_restarts: int = 3,
         logs: pathlib.Path | None = None,
     ):
-        if num_processes < 1 or max_restarts < 0 or (devices_per_process or 1) < 1:
-            raise ValueError(
-                f"--num_processes={num_processes} and --devices_per_process={devices_per_process} "
-                f"must be at least 1, --max_restarts={max_restarts} at least 0."
-            )
+        _at_least(1, num_processes=num_processes, devices_per_process=devices_per_process)
+        _at_least(0, max_restarts=max_restarts)
         self.command, self.num_processes = list(command), num_processes
         self.devices_per_process, self.max_restarts = devices_per_process, max_restarts
         self.logs, self.stopping = logs, False
@@ -251,7 +248,10 @@ def slurm_script(
       ValueError: counts that do not fit together.
     """
     _check_commands(commands)
-    if processes_per_node < 1 or (gpus_per_node and processes_per_node not in (1, gpus_per_node)):
+    _check_secrets(option)
+    _at_least(1, nodes=nodes, processes_per_node=processes_per_node)
+    _at_least(0, gpus_per_node=gpus_per_node, grace=grace, max_restarts=max_restarts)
+    if gpus_per_node and processes_per_node not in (1, gpus_per_node):
         raise ValueError(
             f"--processes_per_node={processes_per_node} must be 1 or the number of GPUs of a node "
             f"({gpus_per_node})."
@@ -264,11 +264,11 @@ def slurm_script(
     devices = ",".join(map(str, range(gpus_per_node))) if every else ""
     return render(
         "slurm.sbatch",
-        name=name,
+        name=shlex.quote(name),
         nodes=nodes,
         tasks_per_node=processes_per_node,
-        time=time,
-        output=output,
+        time=shlex.quote(time),
+        output=shlex.quote(output),
         grace=grace,
         options="\n".join(lines) or "#",
         devices=f"export JAX_LOCAL_DEVICE_IDS={devices}" if devices else "#",
@@ -316,8 +316,8 @@ def jobset(
     tpu, shape = parse_topology(topology)
     chips = math.prod(shape)
     per_host = _chips_per_host(chips_per_host, topology)
-    if num_slices < 1:
-        raise ValueError(f"--num_slices={num_slices} must be at least 1.")
+    _at_least(1, num_slices=num_slices, chips_per_host=chips_per_host)
+    _at_least(0, max_restarts=max_restarts, grace=grace)
     _check_commands(commands)
     names = _names(name, len(commands))
     alone = next((each[0] for each in commands if each[0] != "train"), "")
@@ -334,7 +334,7 @@ def jobset(
                 "jobset.yaml",
                 **values,
                 grace=grace,
-                queue=queue,
+                queue=json.dumps(queue),
                 hosts_per_slice=chips // per_host,
                 accelerator=tpu.accelerator,
                 topology=sides,
@@ -434,6 +434,7 @@ def tpu_vm_script(
       poll: seconds between two looks whether it is there.
     """
     _check_commands(commands)
+    _at_least(0, max_restarts=max_restarts, poll=poll)
     for flag, value in {"name": name, "zone": zone, "accelerator": accelerator}.items():
         if not re.fullmatch(r"[a-z][-a-z0-9]*", value):
             raise ValueError(f"--{flag}={value!r} must be lower-case letters, digits and -.")
@@ -463,9 +464,26 @@ def tpu_vm_script(
 def _check_commands(commands: Sequence[Sequence[str]]) -> None:
     if not commands:
         raise ValueError("nothing to run: end with `-- --config=… --workdir=…`.")
-    for argument in (each for command in commands for each in command):
-        if re.search(r"(api_?key|token|password|secret)\w*=.", argument, re.IGNORECASE):
-            raise ValueError(
-                f"{argument.split('=')[0]} looks like a secret: everyone can read command lines; "
-                "put it into the environment (on GKE into the Secret vit-jax)."
-            )
+    _check_secrets(each for command in commands for each in command)
+
+
+SECRET = re.compile(r"api_?key|password|secret|token(?![a-z])", re.IGNORECASE)
+
+
+def _check_secrets(arguments: Iterable[str]) -> None:
+    """Raises ValueError for `--NAME=…`, `NAME=…` or `--NAME …` with the name of a secret."""
+    for argument in arguments:
+        names = re.findall(r"([\w.-]+)=", argument) or re.findall(r"^-[\w.-]+$", argument)
+        for name in names:
+            # A model's tokens (cls_token) are none.
+            if SECRET.search(name) and not name.startswith("--config.model."):
+                raise ValueError(
+                    f"{name} looks like a secret: everyone can read command lines; put it into "
+                    "the environment (on GKE into the Secret vit-jax)."
+                )
+
+
+def _at_least(least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise ValueError(f"--{name}={value} must be at least {least}.")

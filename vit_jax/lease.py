@@ -165,8 +165,11 @@ def _lock(path: pathlib.Path) -> tuple[Any, bool]:
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        return json.loads(path.read_text())
+    """What stands there; None where there is nothing, or nothing that an owner wrote."""
+    with contextlib.suppress(FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and {"host", "process", "job"} <= found.keys():
+            return found
     return None
 
 

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -181,6 +182,8 @@ def start_processes(
     if coordinator is not None:
         if process_id:
             _await_coordinator(coordinator, start_timeout)
+        else:
+            _check_port_is_free(coordinator)
         jax.distributed.initialize(
             coordinator,
             num_processes,
@@ -271,13 +274,15 @@ def _check_flags(
         return
     if None in given:
         raise ValueError("--coordinator, --num_processes and --process_id go together: give all.")
-    host, colon, port = coordinator.rpartition(":")
-    if not (host and colon and port.isdigit()):
-        raise ValueError(f"--coordinator={coordinator} must be host:port.")
+    found = re.fullmatch(r"([^:]+|\[.+\]):(\d+)", coordinator)
+    if not found or not 0 < int(found[2]) < 1 << 16:
+        raise ValueError(
+            f"--coordinator={coordinator} must be host:port, as localhost:1234 or [::1]:1234."
+        )
     if not 0 <= process_id < num_processes:
         raise ValueError(
-            f"--process_id={process_id} must be from 0 to {num_processes - 1} "
-            f"(--num_processes={num_processes})."
+            f"--process_id={process_id} must be from 0 and less than "
+            f"--num_processes={num_processes}."
         )
 
 
@@ -296,6 +301,18 @@ def _await_coordinator(address: str, timeout: float) -> None:
         f"coordinator {address} did not answer within {timeout:.0f} s ({reason}); is process 0 "
         "running there, and is the port open?"
     )
+
+
+def _check_port_is_free(coordinator: str) -> None:
+    """Raises ValueError where something listens on this host already: JAX itself would crash."""
+    port = int(coordinator.rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ValueError(
+            f"--coordinator={coordinator}: process 0 cannot listen at port {port} "
+            f"({error.strerror}); give all processes another one."
+        ) from error
 
 
 def is_one_of_many() -> bool:

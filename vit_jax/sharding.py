@@ -77,16 +77,7 @@ def make_mesh(
         does not go over.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {"replica": replica, "data": data, "fsdp": fsdp, "tensor": tensor}
-    rest = [axis for axis, size in sizes.items() if size == -1]
-    known = math.prod(size for size in sizes.values() if size != -1)
-    if len(rest) == 1 and known > 0:
-        sizes[rest[0]] = len(devices) // known
-    if math.prod(sizes.values()) != len(devices) or min(sizes.values()) < 1:
-        given = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise ValueError(
-            f"mesh {given} does not multiply to the {len(devices)} devices; use -1 for one axis."
-        )
+    sizes = mesh_sizes(len(devices), replica=replica, data=data, fsdp=fsdp, tensor=tensor)
     sizes["fsdp"], third = split_fsdp(sizes["fsdp"], devices)
     shape = *(sizes[axis] for axis in ("replica", "data", "fsdp")), third, sizes["tensor"]
     types = (AxisType.Auto,) * len(AXES)
@@ -105,6 +96,23 @@ def make_mesh(
     within, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1, 1)
     grid = mesh_utils.create_hybrid_device_mesh(within, across, devices=devices)
     return Mesh(grid, AXES, axis_types=types)
+
+
+def mesh_sizes(
+    num_devices: int, *, replica: int = 1, data: int = -1, fsdp: int = 1, tensor: int = 1
+) -> dict[str, int]:
+    """The sizes of a config's axes on so many devices, see `make_mesh`; none of them is -1."""
+    sizes = {"replica": replica, "data": data, "fsdp": fsdp, "tensor": tensor}
+    given = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(rest) == 1 and known > 0:
+        sizes[rest[0]] = num_devices // known
+    if math.prod(sizes.values()) != num_devices or min(sizes.values()) < 1:
+        raise ValueError(
+            f"mesh {given} does not multiply to the {num_devices} devices; use -1 for one axis."
+        )
+    return sizes
 
 
 def split_fsdp(fsdp: int, devices: Sequence[Any]) -> tuple[int, int]:

@@ -5,6 +5,7 @@ import math
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import tempfile
 import typing
@@ -15,8 +16,11 @@ from absl import flags
 
 from vit_jax.commands.config_flag import parse_with_config
 from vit_jax.commands.flags import parse
+from vit_jax.config import call
 from vit_jax.launch import LocalJob, jobset, parse_topology, slurm_script, tpu_vm_script
+from vit_jax.sharding import mesh_sizes
 from vit_jax.spelling import nearest
+from vit_jax.train import TrainOptions
 
 USAGE = """vit-jax launch: starts a job of many processes.
 
@@ -35,7 +39,8 @@ def main(argv: list[str]) -> int:
     """Runs `vit-jax launch`; answers the exit code."""
     ours, command = _split(argv)
     if not ours or ours[0].startswith("-"):
-        parse(ours, lambda values: None, usage=USAGE)  # answers --help
+        asked = [flag for flag in ours if flag in ("-h", "-help", "--help")]
+        parse(asked, lambda values: None, usage=USAGE)  # answers it
         raise ValueError(f"vit-jax launch needs a place: one of {', '.join(PLACES)}.")
     place, ours = ours[0], ours[1:]
     if place not in PLACES:
@@ -147,7 +152,8 @@ def _gke(commands: list[list[str]], dry_run: bool, **options: Any) -> int:
 
 
 def _tpu_vm(commands: list[list[str]], dry_run: bool, **options: Any) -> int:
-    return _run(["bash"], tpu_vm_script(commands, **options), "tpu_vm.sh", dry_run)
+    script = tpu_vm_script(commands, **options)
+    return _run(["bash"], script, "tpu_vm.sh", dry_run, needs="gcloud")
 
 
 def _check_config(command: list[str], topology: str, num_slices: int) -> None:
@@ -159,14 +165,13 @@ def _check_config(command: list[str], topology: str, num_slices: int) -> None:
     _, config = parse_with_config(command[1:], train.define_flags, usage=train.USAGE)
     tpu, sides = parse_topology(topology)
     devices = num_slices * math.prod(sides) * tpu.devices_per_chip
-    mesh = {"replica": 1, "data": -1, "fsdp": 1, "tensor": 1} | config.mesh.to_dict()
-    known = math.prod(size for size in mesh.values() if size != -1)
-    sizes = {axis: devices // known if size == -1 else size for axis, size in mesh.items()}
-    parts = devices // sizes["tensor"]
     where = f"{devices} devices of {num_slices} × {topology}"
-    if math.prod(sizes.values()) != devices:
-        given = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
-        raise ValueError(f"mesh {given} does not multiply to the {where}; use -1 for one axis.")
+    try:
+        sizes = call("mesh", mesh_sizes, config.mesh, num_devices=devices)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    accumulate = call("train", TrainOptions, config.train).accumulate
+    parts = devices // sizes["tensor"] * accumulate
     if sizes["replica"] % num_slices:
         raise ValueError(f"mesh.replica must be a multiple of --num_slices={num_slices}.")
     if config.batch_size % parts:
@@ -176,20 +181,17 @@ def _check_config(command: list[str], topology: str, num_slices: int) -> None:
         )
 
 
-def _run(tool: list[str], text: str, name: str, dry_run: bool) -> int:
+def _run(tool: list[str], text: str, name: str, dry_run: bool, *, needs: str = "") -> int:
     """Gives the filled-in file to the cluster's tool, whose exit code is ours."""
     if dry_run:
         print(text, end="")
         return 0
+    if shutil.which(needs := needs or tool[0]) is None:
+        raise ValueError(f"{needs} is not installed here; --dry_run prints {name}.")
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / name
         path.write_text(text)
-        try:
-            return subprocess.run([*tool, str(path)]).returncode
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{tool[0]} is not installed here; --dry_run prints {name}."
-            ) from error
+        return subprocess.run([*tool, str(path)]).returncode
 
 
 # What a place's flags are the keyword arguments of, and what starts it.
