@@ -88,7 +88,7 @@ class Segments(NamedTuple):
     """A query attends to the keys of its number.
 
     Attributes:
-      queries, keys: [batch, tokens] int32; of a key that nobody may attend to, -1.
+      queries, keys: [batch, tokens] int32, 0 or more; of a key that nobody may attend to, -1.
     """
 
     queries: jax.Array
@@ -109,6 +109,7 @@ def attention(
       qkv: [batch, tokens, 3 * dim], queries, keys and values side by side, heads inside each.
       num_heads: number of heads; divides dim.
       mask: [batch, tokens] bool, the keys that are attended to; or `Segments`; or None for all.
+        A query that may see no key answers zeros, and has no part in any gradient.
       bias: [3 * dim], already in qkv, as `with_bias` leaves it: its gradient is the sum of qkv's,
         which the kernel takes on its way.
       implementation: one of IMPLEMENTATIONS.
@@ -241,8 +242,10 @@ def _xla(qkv, num_heads, mask):
         mask = mask[:, None, :]
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return (weights @ value).swapaxes(1, 2).reshape(batch, tokens, width // 3)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if mask is not None:
+        weights = jnp.where(mask[:, None], weights, 0.0)  # of a query that sees no key, all
+    return (weights.astype(value.dtype) @ value).swapaxes(1, 2).reshape(batch, tokens, width // 3)
 
 
 def _cudnn(qkv, *, num_heads):
