@@ -3,7 +3,7 @@ import json
 import pytest
 
 from vit_jax.cli import main
-from vit_jax.commands.benchmark import judge
+from vit_jax.commands.benchmark import _table, judge
 
 
 def measured(capsys, data_dir, *arguments) -> dict:
@@ -33,13 +33,26 @@ def test_chips_by_name_and_none_that_is_known(capsys, data_dir):
 
 
 def test_the_slower_one_is_the_bottleneck():
-    result = {"images_per_second_per_core": 500.0, "flops_per_image": 197e9}
+    result = {"images_per_second_per_core": 500.0, "flops_per_image": 197e9, "cores_here": 64}
     chip = {"chip": "TPU v5e", "num_chips": 2, "mfu": 0.5}  # want 1,000 images/s
     assert judge(result, **chip, cores=1)["bottleneck"] == "data"
     enough = judge(result, **chip, cores=2)
     assert enough["bottleneck"] == "chips"
     assert enough["images_per_second_wanted"] == pytest.approx(1000)
     assert enough["cores_needed"] == pytest.approx(2)
+
+
+def test_a_disk_that_is_too_slow_for_these_cores_is_the_bottleneck():
+    result = {"dataset": "slow", "mean_bytes": 110_000, "waiting": 0.8, "flops_per_image": 197e9}
+    result |= {"images_per_second_per_core": 1000.0, "images_per_second_here": 400.0}
+    result |= {"cores_here": 2}
+    chip = {"chip": "TPU v5e", "num_chips": 2, "mfu": 0.5}  # want 1,000 images/s
+    here = result | judge(result, **chip, cores=2)
+    assert here["bottleneck"] == "data"
+    assert "these cores would do: it is the disk" in _table(here)
+    assert judge(result, **chip, cores=3)["bottleneck"] == "chips"  # of other machines
+    quick = result | {"images_per_second_here": 1500.0}
+    assert judge(quick, **chip, cores=2)["bottleneck"] == "chips"
 
 
 def test_the_table_says_what_to_do(capsys, data_dir):
@@ -62,6 +75,7 @@ def test_the_table_says_what_to_do(capsys, data_dir):
         (["data", "--config=digits", "--num_chips=8"], "--num_chips counts those of --chip; give"),
         (["data", "--config=digits", "--num_slices=2"], "--num_slices counts those of --topology"),
         (["data", "--config=digits", "--mfu=40"], "--mfu=40.0 must be over 0 and at most 1"),
+        (["data", "--config=digits", "--seconds=inf"], "--seconds must be over 0 and finite"),
         (["data", "--config=digits", "--config.data.name=nil"], "no dataset 'nil' in data_dir"),
     ],
 )

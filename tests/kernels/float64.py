@@ -15,7 +15,7 @@ HEADS = ((4, 32), (6, 64), (2, 72), (16, 72), (16, 80), (3, 88), (16, 88), (4, 9
 
 
 def draw(batch, tokens, num_heads, head_dim, dtype, masked=False):
-    """qkv, the bias in it, the output's gradient, and segments of which each has a key."""
+    """qkv, the bias in it, the output's gradient, and segments, of which the last has no key."""
     rng = np.random.default_rng([tokens, num_heads, head_dim])
     dim = num_heads * head_dim
     qkv = jnp.asarray(1.5 * rng.standard_normal((batch, tokens, 3 * dim)), dtype)
@@ -23,9 +23,10 @@ def draw(batch, tokens, num_heads, head_dim, dtype, masked=False):
     grad = jnp.asarray(rng.standard_normal((batch, tokens, dim)), dtype)
     if not masked:
         return qkv, bias, grad, None
-    segments = rng.integers(0, 3, (batch, tokens)).astype(np.int32)
-    keep = rng.random((batch, tokens)) < 0.8
-    segments[:, :3], keep[:, :3] = range(3), True
+    segments = rng.integers(0, 4, (batch, tokens)).astype(np.int32)
+    segments[:, :4] = range(4)
+    keep = (rng.random((batch, tokens)) < 0.8) & (segments < 3)
+    keep[:, :3] = True
     return qkv, bias, grad, Segments(segments, np.where(keep, segments, -1))
 
 
@@ -37,11 +38,11 @@ def exact(qkv, grad, num_heads, mask):
     query, key, value = heads.transpose(2, 0, 3, 1, 4)
     scale = query.shape[-1] ** -0.5
     scores = query @ key.mT * scale
-    if mask is not None:
-        same = mask.queries[:, None, :, None] == mask.keys[:, None, None, :]
-        scores = np.where(same, scores, -1e30)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
+    if mask is not None:  # a query that sees no key answers zeros
+        weights *= mask.queries[:, None, :, None] == mask.keys[:, None, None, :]
+    total = weights.sum(-1, keepdims=True)
+    weights = np.divide(weights, total, out=weights, where=total > 0)
     upstream = grad.reshape(batch, tokens, num_heads, -1).swapaxes(1, 2)
     weights_grad = upstream @ value.mT
     inner = (weights * weights_grad).sum(-1, keepdims=True)

@@ -1,5 +1,8 @@
 """The TPU kernel's own ways, interpreted; `test_kernels.py` holds its numbers to float64."""
 
+import contextlib
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +54,26 @@ def test_split_over_batch_and_heads_it_is_the_same(axes):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "tensor": 2}, {"data": 4, "tensor": 1}])
+@pytest.mark.parametrize("implementation", ["xla", "interpret", "interpret_gpu"])
+def test_heads_in_groups_are_the_same(axes, implementation):
+    qkv, bias, grad, mask = draw(4, 16, 4, 32, "float32", masked=True)
+
+    def grouped(x):  # heads 0 and 1, 2 and 3
+        x = x.reshape(*x.shape[:-1], -1, 2, 64)
+        return jnp.moveaxis(x, -2, 0).reshape(2, *x.shape[:-3], -1)
+
+    mesh = jax.make_mesh(
+        *(tuple(axes.values()), tuple(axes)),
+        axis_types=(AxisType.Auto,) * len(axes),
+        devices=jax.devices()[: math.prod(axes.values())],
+    )
+    with jax.set_mesh(mesh) if axes else contextlib.nullcontext():
+        found = run(*map(grouped, (qkv, bias, grad)), mask, 2, implementation)
+    for one, other in zip(found, run(qkv, bias, grad, mask, 4, "xla"), strict=True):
+        np.testing.assert_allclose(one, grouped(other), rtol=1e-4, atol=1e-4)
+
+
 def test_rematerialisation_can_keep_its_residuals(capsys):
     qkv, bias, grad, _ = draw(1, 16, 1, 32, "float32")
 
@@ -83,6 +106,22 @@ def test_what_the_kernel_cannot_do_is_said(shape, num_heads, dtype, why):
         attention(jnp.zeros(shape, dtype), num_heads=num_heads, implementation="interpret")
 
 
+@pytest.mark.parametrize("implementation", ["auto", "xla", "interpret", "interpret_gpu"])
+@pytest.mark.parametrize(
+    ("shape", "num_heads", "dtype", "why"),
+    [
+        ((2, 16, 3 * 129), 2, jnp.float32, r"num_heads=2 dividing dim, not \(2, 16, 387\)"),
+        ((2, 16, 193), 1, jnp.float32, r"3 \* dim\] .*, not \(2, 16, 193\)"),
+        ((16, 192), 1, jnp.float32, r"qkv is \[batch, tokens, .*, not \(16, 192\)"),
+        ((2, 16, 192), 1, jnp.int32, "floating point, not int32"),
+    ],
+)
+def test_what_is_no_qkv_is_said(shape, num_heads, dtype, why, implementation):
+    """Heads of 64 and a half a kernel would round down."""
+    with pytest.raises(ValueError, match=why):
+        attention(jnp.zeros(shape, dtype), num_heads=num_heads, implementation=implementation)
+
+
 def test_the_kernel_on_another_platform_is_an_error():
     with pytest.raises(ValueError, match="runs on TPU, not on cpu"):
         attention(jnp.zeros((2, 16, 192)), num_heads=1, implementation="tpu")
@@ -94,6 +133,16 @@ def test_devices_that_do_not_divide_the_batch_are_named():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match="8 devices, which do not divide 3"):
         attention(jnp.zeros((3, 16, 192)), num_heads=1, implementation="interpret")
+
+
+@pytest.mark.parametrize(
+    ("shape", "what"), [((4, 16, 576), "heads"), ((3, 4, 16, 192), "groups of heads")]
+)
+def test_devices_that_do_not_divide_the_heads_are_named(shape, what):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    num_heads = 3 if what == "heads" else 1
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=f"the {what} over 2 .* divide 3"):
+        attention(jnp.zeros(shape), num_heads=num_heads, implementation="interpret")
 
 
 def test_auto_takes_what_the_table_says_and_logs_a_fallback_once(monkeypatch, caplog):

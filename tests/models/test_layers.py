@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from tests.models import reference
-from vit_jax import hlo, plan
+from vit_jax import axes, hlo, plan
 from vit_jax.models import layers
 from vit_jax.models.heads import make_head, make_pool
 from vit_jax.models.layers import (
@@ -28,7 +28,7 @@ from vit_jax.models.layers import (
 from vit_jax.models.model import Model
 from vit_jax.models.vit import make_vit
 from vit_jax.preprocess import Preprocess
-from vit_jax.sharding import make_mesh
+from vit_jax.sharding import Splitting, make_mesh
 from vit_jax.tree import named_leaves
 
 
@@ -248,6 +248,45 @@ def test_a_block_with_the_kernel_has_the_gradients_of_one_without():
 
     for one, other in zip(gradients("interpret"), gradients("xla"), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_heads_split_over_devices_take_the_kernel(qk_norm):
+    x = tokens(count=16, dim=128)
+    mask = np.arange(16) < np.array([[16], [11]])
+
+    def run(attention):
+        module = make(Attention, 128, 4, qk_norm=qk_norm, attention=attention, dtype=jnp.float32)
+        graphdef, params = nnx.split(module)
+        bias = jnp.linspace(-1, 1, 3 * 128)
+        params = nnx.to_pure_dict(params) | {
+            "qkv": {"kernel": params.qkv.kernel[...], "bias": bias}
+        }
+
+        @jax.jit
+        def both(params, x):
+            out, pull = jax.vjp(lambda params: nnx.merge(graphdef, params)(x, mask), params)
+            return out, *pull(jnp.cos(jnp.arange(out.size)).reshape(out.shape))
+
+        return both(params, x), both.lower(params, x).as_text()
+
+    wanted, _ = run("xla")
+    mesh = make_mesh(tensor=2, data=2, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh), axes.splitting(Splitting(mesh)):
+        found, text = run("interpret")
+    assert "manual_computation" in text or "shard_map" in text
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_on_a_tpu_auto_takes_the_kernel_for_heads_that_are_split():
+    module = make(Attention, 128, 4, attention="auto", dtype=jnp.bfloat16)
+    device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+    mesh = make_mesh(tensor=2, data=2, devices=jax.devices()[:4])
+    abstract = mesh.abstract_mesh.update(abstract_device=device)
+    with jax.sharding.use_abstract_mesh(abstract), axes.splitting(Splitting(abstract)):
+        text = str(jax.make_jaxpr(module)(tokens(count=16, dim=128)))
+    assert "shard_map" in text and "pallas_call" in text
 
 
 @pytest.mark.parametrize("cls_token, pool", [(True, "cls"), (False, "gap"), (False, "map")])

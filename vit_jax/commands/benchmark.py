@@ -1,6 +1,7 @@
 """`vit-jax benchmark data`: whether a dataset can be read as fast as a model wants it."""
 
 import json
+import math
 import time
 from typing import Any
 
@@ -33,8 +34,8 @@ def main(argv: list[str]) -> int:
     chip, num_chips = _chips(values)
     if not 0 < values.mfu <= 1:
         raise ValueError(f"--mfu={values.mfu} must be over 0 and at most 1, such as 0.4.")
-    if values.seconds <= 0 or values.cores < 0:
-        raise ValueError("--seconds must be over 0, and --cores 1 or more.")
+    if not 0 < values.seconds < math.inf or values.cores < 0:
+        raise ValueError("--seconds must be over 0 and finite, and --cores 1 or more.")
     result = measure(config, seconds=values.seconds)
     result |= judge(
         result,
@@ -155,6 +156,9 @@ def judge(
 ) -> dict[str, Any]:
     """What the chips want beside what the cores give.
 
+    Of as many cores as this machine has, what its disk and the config's loader let through counts,
+    too.
+
     Args:
       result: of `measure`.
       chip: a row of `vit_jax.chips.CHIPS`; '' if unknown: then nothing is wanted.
@@ -166,6 +170,9 @@ def judge(
 
     per_core = result["images_per_second_per_core"]
     given = {"cores": cores, "images_per_second_of_cores": cores * per_core}
+    slowest = cores * per_core
+    if cores == result["cores_here"]:
+        slowest = min(slowest, result["images_per_second_here"])
     if not chip:
         return given | {"chip": None, "bottleneck": None}
     wanted = num_chips * CHIPS[chip].peak_flops * mfu / result["flops_per_image"]
@@ -175,7 +182,7 @@ def judge(
         "mfu_assumed": mfu,
         "images_per_second_wanted": wanted,
         "cores_needed": wanted / per_core,
-        "bottleneck": "data" if wanted > cores * per_core else "chips",
+        "bottleneck": "data" if wanted > slowest else "chips",
     }
 
 
@@ -210,7 +217,9 @@ def _table(result: dict[str, Any]) -> str:
                 f"({result['cores_needed'] / result['num_chips']:,.2f} a chip)",
             ),
         ]
-        if result["bottleneck"] == "data":
+        if result["bottleneck"] == "data" and result["cores_needed"] <= cores:
+            rows.append(("", "these cores would do: it is the disk, or the loader's settings"))
+        elif result["bottleneck"] == "data":
             rows.append(("", "`vit-jax prepare … --store=tiled|resized|raw` trades disk for cores"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)

@@ -88,7 +88,7 @@ class Segments(NamedTuple):
     """A query attends to the keys of its number.
 
     Attributes:
-      queries, keys: [batch, tokens] int32; of a key that nobody may attend to, -1.
+      queries, keys: [batch, tokens] int32, 0 or more; of a key that nobody may attend to, -1.
     """
 
     queries: jax.Array
@@ -106,25 +106,32 @@ def attention(
     """Softmax attention (Vaswani et al. 2017, section 3.2.1); scores and softmax in float32.
 
     Args:
-      qkv: [batch, tokens, 3 * dim], queries, keys and values side by side, heads inside each.
-      num_heads: number of heads; divides dim.
+      qkv: [batch, tokens, 3 * dim], queries, keys and values side by side, heads inside each. Or
+        [groups, batch, tokens, 3 * dim], each group with some of the heads, as devices that split
+        them (HEADS_AXIS) project them.
+      num_heads: number of heads (of a group); divides dim.
       mask: [batch, tokens] bool, the keys that are attended to; or `Segments`; or None for all.
-      bias: [3 * dim], already in qkv, as `with_bias` leaves it: its gradient is the sum of qkv's,
-        which the kernel takes on its way.
+        A query that may see no key answers zeros, and has no part in any gradient.
+      bias: [3 * dim] or [groups, 3 * dim], already in qkv, as `with_bias` leaves it: its gradient
+        is the sum of qkv's, which the kernel takes on its way.
       implementation: one of IMPLEMENTATIONS.
 
     Returns:
-      [batch, tokens, dim] in qkv's dtype, heads side by side, as the next projection wants it.
+      [batch, tokens, dim] in qkv's dtype, heads side by side, as the next projection wants it; of
+      groups, each group's.
 
     Raises:
-      ValueError: an unknown implementation, or one that cannot do this here; the message says why.
+      ValueError: an unknown implementation, or one that cannot do this here (the message says
+        why); heads that do not divide dim, another shape, integers.
     """
     name = choose(implementation, qkv, num_heads, masked=mask is not None)
     if name not in KERNELS:
         if bias is not None:  # adds nothing, and has the gradient
-            qkv = qkv + (bias - jax.lax.stop_gradient(bias)).astype(qkv.dtype)
+            nothing = bias - jax.lax.stop_gradient(bias)
+            qkv = qkv + _spread(nothing).astype(qkv.dtype)
         if name == "xla":
-            return _xla(qkv, num_heads, mask)
+            attend = functools.partial(_xla, num_heads=num_heads, mask=mask)
+            return attend(qkv) if qkv.ndim == 3 else jax.vmap(attend)(qkv)
         return _split(_cudnn, (qkv,), num_heads, "Q", "O")[0]
     if mask is not None and not isinstance(mask, Segments):
         mask = Segments(jnp.zeros(mask.shape, jnp.int32), mask.astype(jnp.int32) - 1)
@@ -133,8 +140,13 @@ def attention(
 
 
 def with_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x + bias, whose gradient is left to `attention`."""
-    return x + jax.lax.stop_gradient(bias).astype(x.dtype)
+    """x + bias, whose gradient is left to `attention`; shapes as there."""
+    return x + _spread(jax.lax.stop_gradient(bias)).astype(x.dtype)
+
+
+def _spread(bias):
+    """Over images and tokens."""
+    return jnp.expand_dims(bias, (-3, -2))
 
 
 def choose(implementation: str, qkv: jax.Array, num_heads: int, *, masked: bool = False) -> str:
@@ -142,6 +154,13 @@ def choose(implementation: str, qkv: jax.Array, num_heads: int, *, masked: bool 
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(repr(name) for name in IMPLEMENTATIONS)
         raise ValueError(f"attention={implementation!r} is unknown; choose one of {names}.")
+    if len(qkv.shape) not in (3, 4) or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
+        raise ValueError(
+            f"qkv is [batch, tokens, 3 * dim] with num_heads={num_heads} dividing dim, "
+            f"not {tuple(qkv.shape)}."
+        )
+    if not jnp.issubdtype(qkv.dtype, jnp.floating):
+        raise ValueError(f"qkv must be floating point, not {jnp.dtype(qkv.dtype).name}.")
     asked = qkv.shape, jnp.dtype(qkv.dtype).name, num_heads, masked
     if implementation != "auto":
         if why := _obstacle(implementation, *asked):
@@ -172,7 +191,7 @@ def _obstacle(name: str, shape: tuple[int, ...], dtype: str, num_heads: int, mas
     """Why an implementation cannot do a shape here, or ''."""
     if name == "xla":
         return ""
-    batch, tokens, width = shape
+    *groups, batch, tokens, width = shape
     head_dim = width // (3 * num_heads)
     limits, platform, parts = LIMITS[name], _platform(), _parts()
     if name in ("gpu", "interpret_gpu") and attention_gpu.plgpu is None:
@@ -194,7 +213,7 @@ def _obstacle(name: str, shape: tuple[int, ...], dtype: str, num_heads: int, mas
         )
     if masked and not limits.masks:
         return "takes no mask"
-    _, split = parts or (1, 1)
+    split = 1 if groups or parts is None else parts[1]
     if name == "tpu" and (why := attention_tpu.too_large(tokens, width, dtype, num_heads, split)):
         return why
     if parts is None:
@@ -203,8 +222,10 @@ def _obstacle(name: str, shape: tuple[int, ...], dtype: str, num_heads: int, mas
         return ""
     if batch % parts[0]:
         return f"splits the batch over {parts[0]} devices, which do not divide {batch}"
-    if num_heads % parts[1]:
-        return f"splits the heads over {parts[1]} devices, which do not divide {num_heads}"
+    heads = groups[0] if groups else num_heads
+    if heads % parts[1]:
+        what = "groups of heads" if groups else "heads"
+        return f"splits the {what} over {parts[1]} devices, which do not divide {heads}"
     return ""
 
 
@@ -241,8 +262,10 @@ def _xla(qkv, num_heads, mask):
         mask = mask[:, None, :]
     if mask is not None:
         scores = jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return (weights @ value).swapaxes(1, 2).reshape(batch, tokens, width // 3)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if mask is not None:
+        weights = jnp.where(mask[:, None], weights, 0.0)  # of a query that sees no key, all
+    return (weights.astype(value.dtype) @ value).swapaxes(1, 2).reshape(batch, tokens, width // 3)
 
 
 def _cudnn(qkv, *, num_heads):
@@ -279,7 +302,7 @@ def _kernel_backward(num_heads, name, residuals, grad):
     qkv_grad, sums = _split(run, operands, num_heads, "Q II O L O", "Q Q")
     if bias is None:
         return qkv_grad, None, None, None
-    bias_grad = sums.sum(axis=(0, 1), dtype=jnp.float32).astype(bias.dtype)
+    bias_grad = sums.sum(axis=(-3, -2), dtype=jnp.float32).astype(bias.dtype)
     return qkv_grad, bias_grad, None, None
 
 
@@ -292,49 +315,70 @@ def _split(run, operands, num_heads, inputs, outputs):
     Args:
       run: of arrays with a leading batch, and answering such.
       operands: None among them stay None.
-      num_heads: of all devices.
+      num_heads: of all devices, or of a group.
       inputs, outputs: a letter each, spaces aside: Q [batch, rows, 3 * dim], O [batch, rows, dim],
-        L [batch, heads, tokens], I the same for all heads.
+        L [batch, heads, tokens], I the same for all heads. With groups of heads all but I have
+        one more axis in front.
     """
     inputs, outputs = inputs.replace(" ", ""), outputs.replace(" ", "")
-    parts = _parts()
-    if parts is None or math.prod(parts) == 1:
+    parts, grouped = _parts(), operands[0].ndim == 4
+    alone = parts is None or math.prod(parts) == 1
+    if alone and not grouped:
         return run(*operands, num_heads=num_heads)
+    absent = [x is None for x in operands]
+    kinds = [kind for kind, gone in zip(inputs, absent, strict=True) if not gone]
+    operands = [x for x in operands if x is not None]
+
+    def once(operands, num_heads):
+        rest = iter(operands)
+        return run(*(None if gone else next(rest) for gone in absent), num_heads=num_heads)
+
+    def heads_of_each(*operands):
+        results = once(map(_join, operands, kinds), num_heads // parts[1])
+        return tuple(map(_cut, results, outputs))
+
+    def each_group(*operands):  # a device has one of them
+        results = []
+        for at in range(len(operands[0])):
+            group = [x if k == "I" else x[at] for x, k in zip(operands, kinds, strict=True)]
+            results.append(once(group, num_heads))
+        return tuple(map(jnp.stack, zip(*results, strict=True)))
+
+    if alone:
+        return each_group(*operands)
     mesh = jax.sharding.get_abstract_mesh()
+    specs = _specs(mesh, grouped)
+    split = jax.shard_map(
+        each_group if grouped else heads_of_each,
+        mesh=mesh,
+        in_specs=tuple(specs[kind] for kind in kinds),
+        out_specs=tuple(specs[kind] for kind in outputs),
+        check_vma=False,
+    )
+    if grouped:
+        return split(*operands)
+    return tuple(map(_join, split(*map(_cut, operands, kinds)), outputs))
+
+
+# A device's queries, keys and values of its heads lie apart in the whole qkv: cut in three, each is
+# split by heads.
+def _cut(x, kind):
+    return x.reshape(*x.shape[:-1], 3, -1) if kind == "Q" else x
+
+
+def _join(x, kind):
+    return x.reshape(*x.shape[:-2], -1) if kind == "Q" else x
+
+
+def _specs(mesh, grouped):
+    """How arrays of each kind (see `_split`) lie on a mesh."""
     batch = tuple(axis for axis in mesh.axis_names if axis != HEADS_AXIS)
     heads = HEADS_AXIS if HEADS_AXIS in mesh.axis_names else None
-    specs = {
+    if grouped:
+        return dict.fromkeys("QOL", PartitionSpec(heads, batch)) | {"I": PartitionSpec(batch)}
+    return {
         "Q": PartitionSpec(batch, None, None, heads),
         "O": PartitionSpec(batch, None, heads),
         "L": PartitionSpec(batch, heads),
         "I": PartitionSpec(batch),
     }
-
-    # A device's queries, keys and values of its heads lie apart in the whole qkv: cut in three,
-    # each is split by heads.
-    def cut(x, kind):
-        return x.reshape(*x.shape[:-1], 3, -1) if kind == "Q" else x
-
-    def join(x, kind):
-        return x.reshape(*x.shape[:-2], -1) if kind == "Q" else x
-
-    def local(*operands):
-        operands = iter(operands)
-        whole = [None if gone else join(next(operands), kind) for gone, kind in kinds]
-        results = run(*whole, num_heads=num_heads // parts[1])
-        return tuple(map(cut, results, outputs))
-
-    kinds = [(x is None, kind) for x, kind in zip(operands, inputs, strict=True)]
-    given = [
-        (cut(x, kind), specs[kind])
-        for x, kind in zip(operands, inputs, strict=True)
-        if x is not None
-    ]
-    results = jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=tuple(spec for _, spec in given),
-        out_specs=tuple(specs[kind] for kind in outputs),
-        check_vma=False,
-    )(*(x for x, _ in given))
-    return tuple(map(join, results, outputs))

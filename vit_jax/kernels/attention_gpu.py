@@ -9,8 +9,6 @@ same places (Dao 2023, FlashAttention-2, section 3.1).
 No GPU has run it: it was interpreted, and compiled for H200.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -20,13 +18,10 @@ try:
 except ImportError:  # JAX 0.12 says that it will go
     plgpu = None
 
+from vit_jax.kernels.attention_tpu import LEAST, LOG2E, MASKED
+
 BLOCK = 64
 """Queries, and keys, of a tile: the least number of rows that Hopper's tensor cores multiply."""
-
-MASKED = -1e30
-"""Score of a key that may not be seen: a query that sees none then sees all, as with XLA."""
-
-LOG2E = math.log2(math.e)  # the unit has an exponential of base 2
 
 
 def forward(qkv, query_ids, key_ids, *, num_heads, interpret=False):
@@ -143,9 +138,10 @@ def _forward(head, qkv, out, lse):
         weighted = weighted * shrink[:, None] + _dot(weights.astype(value.dtype), value)
         return higher, total * shrink + weights.sum(axis=1), weighted
 
-    lowest = jnp.full(BLOCK, -jnp.inf, jnp.float32)
-    start = lowest, jnp.zeros(BLOCK, jnp.float32), jnp.zeros(query.shape, jnp.float32)
+    least = jnp.full(BLOCK, LEAST, jnp.float32)
+    start = least, jnp.zeros(BLOCK, jnp.float32), jnp.zeros(query.shape, jnp.float32)
     largest, total, weighted = jax.lax.fori_loop(0, head.num_blocks, add, start)
+    total = jnp.maximum(total, 1.0)  # less only where no key is seen
     head.write(out, head.own, weighted / total[:, None])
     head.write_row(lse, head.own, largest + jnp.log2(total))
 

@@ -27,6 +27,12 @@ LANES = 128
 
 LOG2E = math.log2(math.e)  # the unit has an exponential of base 2
 
+MASKED = -1e30
+"""Score of a key that may not be seen."""
+
+LEAST = -1e20
+"""What counts as the largest score of a query that sees no key: all its weights are then zero."""
+
 MAX_QUERIES = 3 * LANES
 """Whose scores with all keys are held at a time."""
 
@@ -188,10 +194,14 @@ def _forward(image, *refs, num_heads, masked):
             if masked:
                 scores = _mask(scores, query_ids[image, :, rows], key_ids[image])
             largest = scores.max(axis=0, keepdims=True)
+            if masked:
+                largest = jnp.maximum(largest, LEAST)
             weights = jnp.exp2(scores - largest).astype(values.dtype)
             value = values[head * head_dim : (head + 1) * head_dim]
             result = _dot(jnp.concatenate([value, ones]), weights)  # [head_dim + 16, queries]
             total = result[head_dim : head_dim + 1]
+            if masked:
+                total = jnp.maximum(total, 1.0)  # less only where no key is seen
             turned[head * head_dim : (head + 1) * head_dim, rows] = result[:head_dim] / total
             lse[image, pl.ds(group * count + head, 1), rows] = largest + jnp.log2(total)
 
@@ -348,7 +358,7 @@ def _scores(key, query, head_dim):
 
 
 def _mask(scores, query_ids, key_ids):
-    return jnp.where(query_ids == key_ids, scores, jnp.finfo(jnp.float32).min)
+    return jnp.where(query_ids == key_ids, scores, MASKED)
 
 
 def _dot(a, b, dimensions=ROWS_BY_COLUMNS):

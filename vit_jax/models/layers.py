@@ -163,7 +163,7 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """[batch, tokens, dim] -> the same; `mask` as in `kernels.attention`."""
         parts = num_parts("heads")
-        if parts > 1 and self.num_heads % parts == 0 and self.implementation in ("auto", "xla"):
+        if parts > 1 and self.num_heads % parts == 0:
             return self.proj(self._attend_in_parts(x, mask, rope, parts))
         qkv = jax.ShapeDtypeStruct((*x.shape[:2], self.qkv.out_features), self.dtype)
         name = choose(self.implementation, qkv, self.num_heads, masked=mask is not None)
@@ -195,18 +195,23 @@ class Attention(nnx.Module):
         """
 
         def grouped(x):  # [..., 3 * dim] -> [parts, ..., 3 * dim / parts]
-            x = x.astype(self.qkv.dtype)
             x = jnp.moveaxis(x.reshape(*x.shape[:-1], 3, parts, -1), -2, 0)
             return named(x.reshape(*x.shape[:-2], -1), "heads")
 
-        qkv = jnp.einsum("bnd,gdc->gbnc", x.astype(self.qkv.dtype), grouped(self.qkv.kernel[...]))
-        if self.qkv.bias is not None:
-            qkv += grouped(self.qkv.bias[...])[:, None, None]
-        attend = functools.partial(
-            self._attend, mask=mask, rope=rope, num_heads=self.num_heads // parts
-        )
-        x = jax.vmap(attend)(named(qkv, "heads", "batch"))  # [parts, batch, tokens, dim / parts]
-        x = jnp.moveaxis(named(x, "heads", "batch"), 0, 2)
+        num_heads = self.num_heads // parts
+        kernel = grouped(self.qkv.kernel[...].astype(self.dtype))
+        qkv = jnp.einsum("bnd,gdc->gbnc", x.astype(self.dtype), kernel)
+        bias = None if self.qkv.bias is None else grouped(self.qkv.bias[...])
+        if self.q_norm is None and rope is None:
+            qkv = qkv if bias is None else with_bias(qkv, bias)
+        else:
+            if bias is not None:
+                qkv, bias = qkv + bias[:, None, None].astype(qkv.dtype), None
+            qkv = jax.vmap(lambda qkv: self._prepare(qkv, rope, num_heads))(qkv)
+        qkv = named(qkv, "heads", "batch")
+        options = {"num_heads": num_heads, "mask": mask, "bias": bias}
+        x = attention(qkv, implementation=self.implementation, **options)
+        x = jnp.moveaxis(named(x, "heads", "batch"), 0, 2)  # [batch, tokens, parts, dim / parts]
         return x.reshape(*x.shape[:2], -1)
 
     def _prepare(self, qkv, rope, num_heads):
