@@ -169,6 +169,21 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(data_dir, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_not_wanted_is_not_read_but_checked(tmp_path):
+    state = {"params": {"w": jnp.arange(4.0)}, "opt_state": {"m": jnp.ones((2, 3))}}
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(1, abstract, without=("opt_state",))
+        assert restored["opt_state"] == abstract["opt_state"]
+        assert_same_bits(restored["params"], state["params"])
+        abstract["opt_state"] = {"m": jax.ShapeDtypeStruct((2, 4), jnp.float32, sharding=place)}
+        with pytest.raises(ValueError, match=r"opt_state/m as \(2, 3\), the config makes it"):
+            checkpoints.restore(1, abstract, without=("opt_state",))
+
+
 def test_what_a_killed_save_left_is_cleaned_up_but_not_by_a_reader(tmp_path):
     save_all(tmp_path, {1: None})
     half = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"

@@ -8,7 +8,7 @@ changes on the way is noticed when it is restored.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -109,11 +109,14 @@ class Checkpoints:
         """Returns when all saves are on disk; raises OSError as `save` does."""
         self._guard(self._manager.wait_until_finished)
 
-    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+    def restore(
+        self, step: int, abstract: Any, *, without: Collection[str] = ()
+    ) -> tuple[Any, dict[str, Any]]:
         """The state and the meta data of `step`.
 
         Args:
           abstract: the wanted tree, its leaves `jax.ShapeDtypeStruct`s with shardings.
+          without: names of its top level that are not read: those leaves stay as they are.
 
         Raises:
           ValueError: the checkpoint holds other names or shapes, or is of a newer version.
@@ -124,14 +127,17 @@ class Checkpoints:
         meta = self.meta(step)
         with self._reading(step):
             self._check_names(step, names)
+            names = {name: tree for name, tree in names.items() if name not in without}
             how = ocp.checkpoint_utils.construct_restore_args(names)
-            state = ocp.args.PyTreeRestore(names, restore_args=how)
+            partial = {"partial_restore": bool(without)}
+            state = ocp.args.PyTreeRestore(names, restore_args=how, **partial)
             restored = self._manager.restore(step, args=ocp.args.Composite(state=state))
             leaves = _flat(restored.state)
             for name, value in checksums(leaves).items():
                 if value != meta["checksums"].get(name):
                     raise OSError(f"{name} is not what was saved")
-        arrays = stack(leaves, wanted)
+        read = {name: x for name, x in wanted.items() if name.split("/")[0] not in without}
+        arrays = wanted | stack(leaves, read)
         return jax.tree.unflatten(jax.tree.structure(abstract), arrays.values()), meta
 
     def meta(self, step: int) -> dict[str, Any]:

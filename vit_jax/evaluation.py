@@ -92,7 +92,8 @@ def evaluate_checkpoint(
         info = dataset_info(config.data.name, data_dir=config.data.data_dir)
         evals = make_evals(config, info, make_feed(mesh))
         parts, init = make_parts(config, info)
-        state, meta = checkpoints.restore(step, abstract_state(init, mesh))
+        abstract = abstract_state(init, mesh)
+        state, meta = checkpoints.restore(step, abstract, without=parts.not_of_model(abstract))
         for key, now in fingerprints(info, evals).items():
             if meta["fingerprints"].get(key, now) != now:
                 raise ValueError(

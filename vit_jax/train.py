@@ -176,6 +176,11 @@ class Parts:
         """What evaluation and export see: of the averaged parameters where there are any."""
         return Functional(self._model_of, (state.ema or state.params, state.non_trainable))
 
+    @staticmethod
+    def not_of_model(state: TrainState) -> tuple[str, ...]:
+        """The parts of a state, or of its shapes, that `model` does not read."""
+        return ("opt_state", "params") if state.ema else ("opt_state",)
+
     @functools.cached_property
     def _model_of(self) -> _ModelOf:
         return _ModelOf(**self.graphdefs)

@@ -318,6 +318,7 @@ def test_small_images_are_decoded_by_one_thread_and_read_in_one_go(monkeypatch):
         ({"num_threads": 2}, 2),
         ({"augment": large}, 3),
         ({"records": [{"image": bytes(20_000), "label": 0}]}, 3),
+        ({"records": [RECORDS[5], {"image": bytes(20_000), "label": 0}]}, 3),
         ({"records": Unreadable(RECORDS[5:])}, 1),
         ({"records": Unreadable(RECORDS), "augment": large}, 3),
     ):

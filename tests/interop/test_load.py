@@ -12,6 +12,7 @@ from etils import epath
 import vit_jax
 from tests.interop.models import assert_close, images, source, spec
 from tests.runs import run, short
+from vit_jax.checkpoint import Checkpoints
 from vit_jax.interop import npz
 from vit_jax.interop.export import export, write_own
 from vit_jax.interop.facts import Told
@@ -45,6 +46,24 @@ def test_a_run_answers_what_its_trainer_answers(trained, tmp_path):
     np.testing.assert_allclose(exported(pixels), wanted, atol=1e-6)
     with pytest.raises(FileNotFoundError, match="no checkpoint 99 .*there are"):
         vit_jax.load(workdir, step=99)
+
+
+def test_of_a_run_only_what_its_model_needs_is_read(trained, data_dir, tmp_path, monkeypatch):
+    averaged, workdir = trained
+    plain, _ = run(short(data_dir, train__ema_decay=0.0), tmp_path / "run")
+    pixels, asked = images(size=(8, 8)), []
+    restore = Checkpoints.restore
+
+    def spy(self, step, abstract, *, without):
+        asked.append(without)
+        return restore(self, step, abstract, without=without)
+
+    monkeypatch.setattr(Checkpoints, "restore", spy)
+    # Of two runs, in turns: what is known of one is not taken for the other.
+    for its, path in ((averaged, workdir), (plain, tmp_path / "run"), (averaged, workdir)):
+        wanted = its.parts.model(its.state).module()(pixels)
+        np.testing.assert_allclose(vit_jax.load(path)(pixels), wanted, atol=1e-6)
+    assert asked == [("opt_state", "params"), ("opt_state",), ("opt_state", "params")]
 
 
 def test_a_run_of_a_newer_version(trained, tmp_path):

@@ -119,6 +119,9 @@ def test_two_files_do_not_mean_two_things_by_one_name(tmp_path):
         store.save_plan("second", [unit("two", config_digest="k of 5")])
     store.save_plan("second", [unit("two", config_digest="k of 5", eval="knn5"), unit("one")])
     store.save_plan("first", [unit("two", eval="fewshot", config_digest="k of 5")])  # changed
+    # Before there is any checkpoint, so any unit.
+    with pytest.raises(ValueError, match="evals.fewshot on datasets.digits has other settings"):
+        store.save_plan("third", [], settings=[("digits", "fewshot", "other")])
 
 
 @pytest.mark.parametrize("links", [True, False])

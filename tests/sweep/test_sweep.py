@@ -242,6 +242,16 @@ def test_bad_input(data_dir, tmp_path, changes, argv, words):
         sweep.main([config, f"--workdir={tmp_path}/sweep", *argv])
 
 
+def test_two_files_that_disagree_are_told_before_anything_is_trained(data_dir, tmp_path):
+    store = Store(tmp_path / "sweep")
+    store.save_plan("other", [], settings=[("digits", "own", "of another digest")])
+    training = {"config": f"digits:debug,data_dir={data_dir}", "leaves": {"seed": [0, 1]}}
+    config = make(tmp_path, data_dir, [], training=training)
+    with pytest.raises(ValueError, match="own on datasets.digits has other .* file 'other'"):
+        sweep.main([config, f"--workdir={tmp_path}/sweep"])
+    assert not (tmp_path / "sweep" / "runs").exists()
+
+
 def test_a_watcher_says_that_it_waits(data_dir, tmp_path, monkeypatch, capsys):
     def stop(signal):
         raise Preempted

@@ -159,7 +159,7 @@ class _Tasks:
     def list(self, shift: int = 0) -> tuple[list, bool]:
         """The tasks, and whether more may come."""
         from vit_jax.sweep.checkpoints import finished
-        from vit_jax.sweep.units import make_units
+        from vit_jax.sweep.units import make_settings, make_units
         from vit_jax.sweep.worker import Task
 
         runs = {self._own / name: config for name, config in self._runs.items()}
@@ -173,7 +173,9 @@ class _Tasks:
             if not checkpoint.error or not self._store.was_done(unit)
         ]
         to_train = [_train_id(run) for run in runs if run not in ready]
-        self._store.save_plan(self._name, [u for u, _ in units], to_train, self._finder.steps)
+        settings = make_settings(self._datasets, self._evals)
+        asked = [unit for unit, _ in units]
+        self._store.save_plan(self._name, asked, to_train, self._finder.steps, settings)
         tasks = [
             Task(
                 unit.id,

@@ -5,11 +5,13 @@ Which example stands at a position, and how it is augmented, is a function of (s
 reading starts, and a loader has no state to save.
 """
 
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
 import os
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -216,9 +218,7 @@ class Loader:
         One bad image among many is only left out; a recipe that does not fit the images would leave
         out all of them.
         """
-        count = min(len(self.source), 8)
-        indices = [number * len(self.source) // count for number in range(count)]
-        errors = [self._batches.error(index) for index in indices]
+        errors = [self._batches.error(index) for index in _spread(len(self.source))]
         if all(errors):
             raise ValueError(f"no image can be used; {errors[0]}")
         return self
@@ -363,12 +363,18 @@ def _is_little(source: Records, blank: Batch) -> bool:
     Then two threads, which hand Python's lock to and fro, are no quicker than one and cost half as
     much again (`benchmarks/NOTES.md`).
     """
-    try:
-        image = source[0]["image"]
-    except OSError:  # said when it is its turn
-        return False
-    size = image.nbytes if isinstance(image, np.ndarray) else len(image)
-    return size + sum(value.nbytes for value in blank.values()) <= LITTLE
+    made, sizes = sum(value.nbytes for value in blank.values()), []
+    for index in _spread(len(source)) if made <= LITTLE else ():
+        with contextlib.suppress(OSError):  # said when it is its turn
+            image = source[index]["image"]
+            sizes.append(image.nbytes if isinstance(image, np.ndarray) else len(image))
+    return bool(sizes) and statistics.median_high(sizes) + made <= LITTLE
+
+
+def _spread(size: int) -> list[int]:
+    """A few indices from all over a split."""
+    count = min(size, 8)
+    return [number * size // count for number in range(count)]
 
 
 def _describe(error: Exception, index: int, record: dict[str, Any]) -> str:

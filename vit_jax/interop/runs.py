@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
 from vit_jax.checkpoint import Checkpoints
 from vit_jax.config import TOP_LEVEL, load_run_config
@@ -24,9 +27,6 @@ def read_run(workdir: epath.Path, *, step: int | None = None) -> tuple:
       FileNotFoundError: no checkpoint, or not that one.
       ValueError: it does not fit its config.
     """
-    from vit_jax.sharding import make_mesh
-    from vit_jax.train import abstract_state, make_parts
-
     config = load_run_config(workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     with contextlib.closing(checkpoints):
@@ -39,14 +39,26 @@ def read_run(workdir: epath.Path, *, step: int | None = None) -> tuple:
         with _perhaps_newer(workdir / "config.json"):
             if missing := sorted(TOP_LEVEL - set(config)):
                 raise ValueError(f"config lacks {', '.join(missing)}.")
-            parts, init = make_parts(config, _info(meta))
-        mesh = make_mesh(devices=jax.local_devices()[:1])  # each process reads all
-        state, _ = checkpoints.restore(step, abstract_state(init, mesh))
+            what = config.to_dict() | {"seed": 0}, meta["dataset"], meta["preprocess"]
+            parts, abstract = _structure(json.dumps(what))
+        state, _ = checkpoints.restore(step, abstract, without=parts.not_of_model(abstract))
     model = parts.model(state).module()
     params = params_of(model)
     report = Report(layout=f"vit_jax checkpoint {step}", matched=len(params))
     spec = spec_of(model, tuple(meta["dataset"]["class_names"]))
     return dataclasses.replace(spec, **_resize(config.evals)), params, report
+
+
+@functools.lru_cache(maxsize=8)
+def _structure(what: str) -> tuple:
+    """(parts, shapes of the state) of a run: the same whatever its seed, and slow to trace."""
+    from vit_jax.sharding import make_mesh
+    from vit_jax.train import abstract_state, make_parts
+
+    config, dataset, preprocess = json.loads(what)
+    parts, init = make_parts(ConfigDict(config), _info(dataset, preprocess))
+    mesh = make_mesh(devices=jax.local_devices()[:1])  # each process reads all
+    return parts, abstract_state(init, mesh)
 
 
 @contextlib.contextmanager
@@ -73,9 +85,8 @@ def _resize(evals: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {}
 
 
-def _info(meta: dict) -> DatasetInfo:
+def _info(dataset: Mapping[str, Any], preprocess: Mapping[str, Any]) -> DatasetInfo:
     """The dataset as the checkpoint remembers it."""
-    dataset, preprocess = meta["dataset"], meta["preprocess"]
     return DatasetInfo(
         name=dataset["name"],
         path=epath.Path(dataset["name"]),

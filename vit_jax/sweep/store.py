@@ -143,6 +143,7 @@ class Store:
         units: Sequence[Unit],
         tasks: Sequence[str] = (),
         steps: str | Sequence[int] = "all",
+        settings: Sequence[tuple[str, str, str]] = (),
     ) -> None:
         """Notes what the sweep's file `name` asks for, instead of what it did; see `current`.
 
@@ -151,6 +152,7 @@ class Store:
           units: that there are now.
           tasks: others, by id.
           steps: of the runs' checkpoints, see `Finder`.
+          settings: (dataset, evaluation, config digest) of units that may come, too.
 
         Raises:
           ValueError: another file means something else by a name of this one.
@@ -159,7 +161,9 @@ class Store:
             "format": FORMAT,
             "tasks": sorted([*(unit.id for unit in units), *tasks]),
             "datasets": {unit.dataset: unit.dataset_fingerprint for unit in units},
-            "settings": sorted({(unit.dataset, unit.eval, unit.config_digest) for unit in units}),
+            "settings": sorted(
+                {(unit.dataset, unit.eval, unit.config_digest) for unit in units} | set(settings)
+            ),
             "runs": sorted({unit.run for unit in units}),
             "checkpoints": sorted({f"{unit.run}@{unit.step}" for unit in units}),
             "steps": steps if isinstance(steps, str) else list(steps),

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import re
 import time
@@ -67,6 +66,21 @@ def make_units(
     ]
 
 
+def make_settings(
+    datasets: Mapping[str, Mapping[str, Any]], evals: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, str, str]]:
+    """(dataset, evaluation, config digest) of every pair; see `make_units`, which raises the same.
+
+    Known before there is a checkpoint to make units of.
+    """
+    settings = {key: _settings(key, section) for key, section in evals.items()}
+    return [
+        (dataset, key, digest(_together(datasets[dataset], settings[key])))
+        for dataset in datasets
+        for key in evals
+    ]
+
+
 def _info(name: str, section: Mapping[str, Any]) -> Any:
     if "dataset" not in section:
         raise ValueError(
@@ -96,10 +110,14 @@ def _settings(key: str, section: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _together(section: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """A dataset's and an evaluation's settings that decide the result."""
+    kept = {name: value for name, value in plain(section).items() if name not in SPEED}
+    return {"dataset": kept, **evaluation}
+
+
 def _unit(checkpoint, dataset, section, info, key, evaluation) -> Unit:
-    section = plain(section)
-    kept = {name: value for name, value in section.items() if name not in SPEED}
-    settings = {"dataset": kept, **evaluation}
+    settings = _together(section, evaluation)
     config_digest = digest(settings)
     what = [checkpoint.digest, checkpoint.image_size, info.fingerprint, config_digest]
     step = "" if checkpoint.step is None else f"-{checkpoint.step}"
@@ -184,7 +202,7 @@ class Evaluator:
         key = f"{checkpoint.path}@{checkpoint.step}@{checkpoint.digest}"
         if self._model is None or self._model[0] != key:
             source = read_source(checkpoint.path, step=checkpoint.step)
-            graphdef, state = nnx.split(fill(_module(source.spec.to_json()), source.params))
+            graphdef, state = nnx.split(fill(_module(source.spec), source.params))
             variables = jax.device_put(nnx.to_pure_dict(state), replicated(self.mesh))
             build = _shared(source.spec.to_json(), Merge(graphdef))
             self._model = key, Functional(build, variables)
@@ -285,9 +303,15 @@ def num_compiled() -> int:
     return _EVENTS["/jax/core/compile/backend_compile_duration"]
 
 
-@functools.lru_cache(maxsize=8)
-def _module(spec: str) -> Model:
-    return make_model(Spec.from_json(spec, "the model"))
+_MODULES: dict[str, Model] = {}
+
+
+def _module(spec: Spec) -> Model:
+    """The module without numbers, traced once for all models of one shape."""
+    key = spec.to_json()
+    if key not in _MODULES:
+        _MODULES[key] = make_model(spec)
+    return _MODULES[key]
 
 
 _BUILDS: dict[str, Merge] = {}
