@@ -5,6 +5,7 @@ import json
 import math
 import re
 import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -91,6 +92,24 @@ def test_the_ring_bound_by_hand(job):
     assert bound["all-reduce"] == round(2 * 2 * (1 / 2 * split / 4 + 7 / 8 * whole))
 
 
+def test_what_no_computing_hides_of_a_collective_is_waited_for():
+    device = types.SimpleNamespace(device_kind="TPU v5e", platform="tpu", slice_index=0)
+    other = types.SimpleNamespace(device_kind="TPU v5e", platform="tpu", slice_index=1)
+    target = plan.Target("v5e:1x1", [device, device, other, other], per_chip=1)
+    chip, found = target.chip, []
+    for name, groups, cycles in (("a", ((0, 1), (2, 3)), 0.4), ("b", ((0, 2), (1, 3)), 0.4)):
+        hidden = round(cycles * 1e-3 * chip.clock)
+        sizes = {"wire_bytes": 1e-3 * chip.link_bandwidth, "times": 12.0, "hidden_cycles": hidden}
+        more = {"kind": "all-reduce", "dtype": "f32", "group_size": 2, "op_name": ""}
+        found.append(hlo.Collective(name=name, groups=groups, **sizes, **more))
+    slow, fast = plan.exposed_communication(found, target)
+    across = 1e-3 * chip.link_bandwidth / chip.dcn_bandwidth
+    assert (slow["name"], slow["crosses_slices"], fast["crosses_slices"]) == ("b", True, False)
+    assert slow["exposed_seconds"] == pytest.approx(12 * (across - 0.4e-3))
+    assert fast["transfer_seconds"] == pytest.approx(12e-3)
+    assert fast["exposed_seconds"] == pytest.approx(12 * 0.6e-3)
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_flops_are_the_formulas_but_for_the_gradient_of_the_images(data_dir, remat):
     """Exactly, once what rematerialisation does again is told apart."""
@@ -145,6 +164,9 @@ def test_what_the_compiler_says_that_it_needs(message, size):
         (["--topology=v5e"], "topology='v5e' is unknown; the forms are"),
         (["--topology=v5e:4x4", "--num_slices=0"], "num_slices=0 must be at least 1"),
         (["--topology=v5e:4x4", "--chips_per_host=two"], "chips_per_host='two' must be sides"),
+        (["--num_slices=2"], "--num_slices is of a --topology, like v5e:4x4; give it, too"),
+        (["--chips_per_host=2x2"], "--chips_per_host is of a --topology"),
+        (["--config.train.spmd=pmap", "--config.mesh.fsdp=2"], "spmd='pmap' splits the batch"),
         (["--config.mesh.data=3"], "mesh .*data=3.* does not multiply to the 8 devices"),
         (["--config.batch_size=20"], "batch_size=20 must be a multiple of the 8 devices; try 16"),
         (["--config.data.name=nothing"], "no dataset 'nothing'"),
@@ -167,6 +189,25 @@ def test_without_libtpu_it_plans_for_this_machine(monkeypatch, capsys):
     assert "planning for this machine's own devices" in err
 
 
+def test_devices_that_are_not_there_are_said(monkeypatch, capsys):
+    """As JAX answers where it is asked for GPUs that are not there."""
+    monkeypatch.setattr(jax, "local_devices", mock.Mock(side_effect=AssertionError))
+    assert main(["plan", "--config=digits:debug"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cpu cannot be used on" in line
+
+
+def test_the_classic_loop_is_planned_too(data_dir):
+    config = tiny(data_dir, train__spmd="pmap", model__depth=1)
+    mesh = make_mesh()
+    parts, init = train_lib.make_parts(config, dataset_info("digits", data_dir=data_dir))
+    state = train_lib.abstract_state(init, mesh)
+    batch = plan.abstract_batch(config.batch_size, parts.image_size, mesh)
+    module = plan.compile_step(parts, state, batch, mesh).module
+    found = hlo.by_kind(hlo.collectives(module, mesh.size))
+    assert found["all-reduce"] >= plan.ring_bound(state, mesh, plan.wire_items([]))["all-reduce"]
+
+
 def fake_compile(*_, **__):
     """A compiler that always runs out of memory."""
     return plan.Compiled(None, None, 0.1, needed=2**60)
@@ -184,6 +225,20 @@ def test_a_plan_that_does_not_fit_ends_with_2_and_says_what_was_tried(monkeypatc
     out = capsys.readouterr().out
     assert "fits" in out and "nothing that was tried" in out
     assert set(fits) == {1, 8}  # data parallel, then split over all
+
+
+def test_what_lies_where_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "compile_step", fake_compile)
+    flags = ["--show_sharding", "--json", "--noremedies", "--config.mesh.fsdp=-1"]
+    arguments = [*flags, "--config.mesh.data=1", "--config.train.offload_opt_state=True"]
+    assert main(["plan", "--config=digits:debug", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["fits"] is False
+    assert "mesh replica 1, data 1, fsdp 8, tensor 1" in err
+    (line,) = (x for x in err.splitlines() if x.startswith("params/backbone/patch_embed/kernel "))
+    sides = map(int, re.search(r"float32\[([\d, ]+)\]", line)[1].split(", "))
+    assert "'fsdp'" in line and f"{4 * math.prod(sides) // 8:,} bytes" in line
+    assert re.search("^opt_state/.*kernel .* 0 bytes  in the host's memory", err, re.MULTILINE)
 
 
 def test_the_search_ranks_what_fits_first(monkeypatch, capsys):
@@ -206,6 +261,9 @@ def test_the_search_ranks_what_fits_first(monkeypatch, capsys):
     assert "100.0 ms a step, 10.0 ms of them waiting" in lines[0]
     assert "does not fit, 1.00 GiB of 0.50 GiB" in lines[1]
     assert lines[-1].startswith("the fastest that fits: --config.mesh.tensor=1")
+    assert main(["plan", "--config=digits:debug", "--json"]) == 2
+    wanted = "--config.mesh.fsdp=-1 --config.mesh.data=1"
+    assert json.loads(capsys.readouterr().out)["would_fit"] == wanted
 
 
 @pytest.mark.parametrize("recipe", ["vit_s16_i1k:debug", "vit_22b:debug", "cifar10:debug"])

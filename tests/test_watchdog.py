@@ -43,6 +43,17 @@ def test_a_hang_is_written_down_and_the_absent_are_named(tmp_path, ended, capsys
     assert "nothing went on for 0 s (last: step 7, training); process 2 wrote nothing" in line
 
 
+def test_a_storage_that_hangs_holds_up_no_end(tmp_path, ended, monkeypatch, capsys):
+    monkeypatch.setattr(watchdog_lib, "STORAGE", 0.2)
+    answers = threading.Event()
+    monkeypatch.setattr(Watchdog, "_write", lambda self: answers.wait(10))
+    with Watchdog(epath.Path(tmp_path), timeout=0.2):
+        assert ended.over.wait(5)
+    assert ended.codes == [EXIT_LOST]
+    assert f"went on for 0 s; {tmp_path} does not answer; ending" in capsys.readouterr().err
+    answers.set()
+
+
 @pytest.mark.parametrize("timeout", [0.0, 1.0])
 def test_a_loop_that_beats_or_is_over_is_left_alone(tmp_path, ended, timeout):
     with Watchdog(epath.Path(tmp_path), timeout=timeout) as watchdog:

@@ -193,6 +193,8 @@ def compile_step(
       dumps: where given, the step's kernels are compiled for it at the same time.
     """
     start = time.time()
+    if parts.options.spmd == "pmap":
+        batch = {name: _in_parts(array, mesh.size) for name, array in batch.items()}
     lowered = make_step(parts, state, mesh).lower(state, batch)
     if dumps is not None:
         dumps.want(bundles.keys_of(lowered))
@@ -205,6 +207,12 @@ def compile_step(
         return Compiled(None, None, time.time() - start, needed)
     module = hlo.parse(program.as_text())
     return Compiled(program, module, time.time() - start)
+
+
+def _in_parts(array: jax.ShapeDtypeStruct, count: int) -> jax.ShapeDtypeStruct:
+    """As `feeding.put_parts` gives it to pmap: [parts, batch / parts, …]."""
+    size, *rest = array.shape
+    return jax.ShapeDtypeStruct((count, size // count, *rest), array.dtype)
 
 
 def needed_bytes(message: str) -> int | None:

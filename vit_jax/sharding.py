@@ -242,8 +242,8 @@ class Row(NamedTuple):
       dtype: its name.
       spec: like "('fsdp', 'tensor'), None", for each dimension the mesh axes that it is split
         over; '' where it is the same on every device.
-      bytes_per_device: of its largest part.
-      note: what could not be split as wanted, or ''.
+      bytes_per_device: of its largest part; 0 of what the devices' hosts keep.
+      note: what could not be split as wanted and what hosts keep, or ''.
     """
 
     name: str
@@ -261,7 +261,10 @@ def layout(state: Any) -> list[Row]:
         sharding, dtype = leaf.sharding, np.dtype(leaf.dtype)
         size = math.prod(sharding.shard_shape(leaf.shape)) * dtype.itemsize
         spec = ", ".join(map(repr, sharding.spec))
-        note = place(name, leaf.shape, sharding.mesh).note
+        notes = [place(name, leaf.shape, sharding.mesh).note]
+        if sharding.memory_kind == HOST_MEMORY:
+            size, notes = 0, ["in the host's memory", *notes]
+        note = "; ".join(filter(None, notes))
         rows.append(Row(name, leaf.shape, dtype.name, spec, size, note))
     return rows
 

@@ -338,6 +338,11 @@ def make_step(parts: Parts, state: TrainState, mesh: jax.sharding.Mesh) -> Calla
 def check_batch(batch_size: int, parts: Parts, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError unless devices, accumulation and mixup can split the global batch."""
     options, together = parts.options, parts.preprocess.together
+    if options.spmd == "pmap" and mesh.size != mesh.shape["data"]:
+        raise ValueError(
+            "train.spmd='pmap' splits the batch alone: use mesh.data=-1 and 1 for the other axes, "
+            "or spmd='jit'."
+        )
     split = options.spmd == "pmap" or options.accumulate > 1 or sums_by_slices(parts, mesh)
     fit = {"accumulate": options.accumulate, "together": together if split else 1}
     check_batch_size(batch_size, mesh, **fit)

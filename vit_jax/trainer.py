@@ -108,6 +108,7 @@ class Trainer:
                 self.info,
                 clock,
                 fingerprints=found,
+                mesh=self.mesh.shape,
                 num_params=self.num_params,
                 started=bool(steps),  # before, nothing binds a run to its config
                 writes=self.processes.is_first,
@@ -131,11 +132,6 @@ class Trainer:
     def _check_fit(self) -> None:
         options = self.options
         check_batch(self.config.batch_size, self.parts, self.mesh)
-        if options.spmd == "pmap" and self.mesh.size != self.mesh.shape["data"]:
-            raise ValueError(
-                "train.spmd='pmap' splits the batch alone: use mesh.data=-1 and 1 for the other "
-                "axes, or spmd='jit'."
-            )
         if options.offload_opt_state:
             check_host_memory(self.mesh, "train.offload_opt_state=True")
         if self.config.model.get("remat") == "offload":

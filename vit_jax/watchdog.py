@@ -19,6 +19,7 @@ from vit_jax.runtime import Processes, end_at_once
 
 HANG, STACKS = REPORTS = ("hang.json", "stacks.txt")
 SETTLE = 5.0  # seconds that the processes give each other to write down where they hang
+STORAGE = 20.0  # and the storage to take it
 WINDOW = 20  # steps over which host-side work is averaged
 SLOW, NOTABLE = 3.0, 0.005  # times the median, and seconds a step below which nobody cares
 
@@ -81,6 +82,20 @@ class Watchdog:
 
     def report(self, reason: str) -> NoReturn:
         """Writes where this process is, waits for the others to do so, and ends."""
+        # A storage that hangs, perhaps what held all up, raises nothing.
+        told = threading.Thread(target=self._tell, args=(reason,), daemon=True)
+        told.start()
+        told.join(SETTLE + STORAGE)
+        if told.is_alive():
+            print(
+                f"vit-jax: process {self._index}: {reason}; {self._folder} does not answer; "
+                "ending.",
+                file=sys.stderr,
+                flush=True,
+            )
+        end_at_once(EXIT_LOST)
+
+    def _tell(self, reason: str) -> None:
         try:
             self._write()
         except OSError as error:  # it ends all the same
@@ -96,7 +111,6 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        end_at_once(EXIT_LOST)
 
     def _write(self) -> None:
         me = self._folder / f"{self._index:03}"

@@ -35,6 +35,7 @@ class RunRecord:
       info: the training data.
       clock: this process's.
       fingerprints: of all datasets, by section of the config.
+      mesh: sizes of its axes.
       num_params: recorded.
       started: whether there is a checkpoint, whose config and dataset must then be these.
       writes: whether it is this process that writes.
@@ -52,6 +53,7 @@ class RunRecord:
         clock: Stopwatch,
         *,
         fingerprints: Mapping[str, str],
+        mesh: Mapping[str, int],
         num_params: int,
         started: bool,
         writes: bool = True,
@@ -69,6 +71,7 @@ class RunRecord:
                 "count": jax.device_count(),
                 "processes": jax.process_count(),
             },
+            "mesh": dict(mesh),
             "dataset": {
                 "name": info.name,
                 "fingerprint": info.fingerprint,

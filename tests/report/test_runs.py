@@ -1,15 +1,23 @@
 import json
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 from etils import epath
 
 from tests.evals.test_classification import model
+from tests.recipes import tiny
 from tests.report.pages import write_run
+from vit_jax.data.sources import dataset_info
+from vit_jax.metrics import Stopwatch
 from vit_jax.report.examples import batch, score
-from vit_jax.report.layout import mesh_sizes, say_bytes
+from vit_jax.report.layout import layout_rows, layout_table, say_bytes
 from vit_jax.report.run_page import run_page, scores_of
 from vit_jax.report.runs import config_rows, names, parent_of, read_run
+from vit_jax.sharding import AXES, layout
+from vit_jax.train import abstract_state, make_parts
+from vit_jax.workdir import RunRecord
 
 
 def test_runs_are_named_by_as_much_of_the_path_as_they_need():
@@ -108,13 +116,28 @@ def test_what_is_no_run_is_said(tmp_path, content):
         read_run(epath.Path(tmp_path))
 
 
-def test_mesh_sizes_fit_the_devices_of_the_run():
-    wanted = {"replica": 1, "data": 4, "fsdp": 2, "tensor": 1}
-    assert mesh_sizes({"data": -1, "fsdp": 2}, 8) == wanted
-    with pytest.raises(ValueError, match="8 devices"):
-        mesh_sizes({"data": 3}, 8)
-    with pytest.raises(ValueError, match="pipeline"):
-        mesh_sizes({"pipeline": 2}, 8)
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_layout_is_that_of_the_runs_arrays(data_dir, tmp_path, offload):
+    """Also where FSDP goes over a torus in two axes, which the config does not tell."""
+    config = tiny(data_dir, mesh__fsdp=8, train__offload_opt_state=offload)
+    info = dataset_info("digits", data_dir=data_dir)
+    devices = np.array(jax.devices()).reshape(1, 1, 4, 2, 1)
+    mesh = jax.sharding.Mesh(devices, AXES)
+    _, init = make_parts(config, info)
+    wanted = layout(abstract_state(init, mesh, offload=offload))
+    workdir = epath.Path(tmp_path)
+    told = {"clock": Stopwatch(0.0), "fingerprints": {}, "num_params": 0, "started": False}
+    RunRecord(workdir, config, info, mesh=mesh.shape, **told)
+    run = read_run(workdir)
+    sizes, rows = layout_rows(run)
+    assert rows == wanted and sizes["fsdp"] == 8
+    kernel = next(row for row in rows if row.name == "params/backbone/blocks/0/mlp/fc1/kernel")
+    assert "fsdp_z" in kernel.spec and kernel.bytes_per_device == 4 * 32 * 64 // 8
+    moved = {row.name.split("/")[0] for row in rows if row.note.startswith("in the host's memory")}
+    assert moved == ({"opt_state"} if offload else set())
+    assert all(row.bytes_per_device == 0 for row in rows if row.note.startswith("in the host"))
+    said = "".join(map(str, layout_table(sizes, rows)))
+    assert "fsdp 8" in said and "fc1/kernel" in said and "fsdp_z" in said
 
 
 @pytest.mark.parametrize(("size", "shown"), [(0, "0 B"), (1536, "1.5 KiB"), (3 * 2**40, "3 TiB")])

@@ -72,8 +72,11 @@ class _Planner:
 
         if values.topology:  # shapes alone are traced here: no accelerator is touched
             jax.config.update("jax_platforms", "cpu")
-        from vit_jax import plan
+        from vit_jax import plan, runtime
 
+        unused = [flag for flag in ("num_slices", "chips_per_host") if values[flag].present]
+        if unused and not values.topology:
+            raise ValueError(f"--{unused[0]} is of a --topology, like v5e:4x4; give it, too.")
         self.values, self.target = values, None
         if values.topology:
             options = {"num_slices": values.num_slices, "chips_per_host": values.chips_per_host}
@@ -81,7 +84,9 @@ class _Planner:
                 self.target = plan.topology(values.topology, **options)
             except ImportError as error:
                 print(f"{error}; planning for this machine's own devices", file=sys.stderr)
-        self.target = self.target or plan.own_devices()
+        if self.target is None:
+            runtime.start_devices(None)  # says in a line where there are none
+            self.target = plan.own_devices()
         self.dumps = plan.dumps_for(self.target)
 
     def close(self) -> None:
@@ -106,7 +111,8 @@ class _Planner:
         check_batch(config.batch_size, parts, mesh)
         state = abstract_state(init, mesh, offload=parts.options.offload_opt_state)
         if self.values.show_sharding:
-            print(_layout(sharding.layout(state)), file=sys.stderr if self.values.json else None)
+            text = _layout(sharding.config_sizes(mesh), sharding.layout(state))
+            print(text, file=sys.stderr if self.values.json else None)
         batch = plan.abstract_batch(config.batch_size, parts.image_size, mesh)
         compiled = plan.compile_step(parts, state, batch, mesh, dumps=self.dumps)
         if self.values.dump_hlo and compiled.program is not None:
@@ -252,11 +258,13 @@ def _gib(size: float | None) -> str:
 
 def _table(result: dict[str, Any]) -> str:
     """The report for people."""
-    mesh = ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
     slices = f", {result['num_slices']} slices" if result["num_slices"] > 1 else ""
     rows = [
         ("config", f"{result['config']}, batch {result['batch_size']:,}"),
-        ("chips", f"{result['num_chips']:,} ({result['topology']}{slices}); mesh {mesh}"),
+        (
+            "chips",
+            f"{result['num_chips']:,} ({result['topology']}{slices}); {_sizes(result['mesh'])}",
+        ),
         ("parameters", f"{result['params']:,}"),
         ("", ""),
         ("memory a chip", ""),
@@ -313,10 +321,15 @@ def _collective_rows(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "", ""
 
 
-def _layout(rows: list[Any]) -> str:
+def _sizes(mesh: dict[str, int]) -> str:
+    return "mesh " + ", ".join(f"{axis} {size}" for axis, size in mesh.items())
+
+
+def _layout(mesh: dict[str, int], rows: list[Any]) -> str:
     width = max(len(row.name) for row in rows)
-    return "\n".join(
+    lines = (
         f"{row.name:<{width}}  {row.dtype}{list(row.shape)}  ({row.spec or 'everywhere'})  "
         f"{row.bytes_per_device:,} bytes  {row.note}".rstrip()
         for row in rows
     )
+    return "\n".join([_sizes(mesh), *lines, ""])

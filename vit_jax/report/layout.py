@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from etils import epath
@@ -14,7 +13,7 @@ from vit_jax.preprocess import HALF
 from vit_jax.report.markup import Cell, Html, el, table
 from vit_jax.report.page import note
 from vit_jax.report.runs import Run
-from vit_jax.sharding import CONFIG_AXES, Row, layout, place_tree
+from vit_jax.sharding import Row, config_sizes, layout
 
 UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -25,14 +24,13 @@ def layout_rows(run: Run) -> tuple[dict[str, int], list[Row]]:
     Raises:
       ValueError: the run did not get far enough, or its config is another version's.
     """
-    from vit_jax.train import make_parts
+    from vit_jax.train import abstract_state, make_parts
 
-    if not {"devices", "dataset"} <= set(run.record):
-        raise ValueError("run.json does not say yet what the run ran on.")
+    if not {"mesh", "dataset"} <= set(run.record):
+        raise ValueError("run.json does not say on which mesh the run ran.")
     config = load_run_config(run.workdir)
     check_top_level(config)
-    sizes = mesh_sizes(run.config.get("mesh", {}), run.record["devices"]["count"])
-    axes = sizes | {"fsdp_z": 1}
+    axes = run.record["mesh"]
     mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
     dataset = run.record["dataset"]
     info = DatasetInfo(  # statistics change no shape
@@ -44,26 +42,9 @@ def layout_rows(run: Run) -> tuple[dict[str, int], list[Row]]:
         mean=HALF,
         std=HALF,
     )
-    _, init = make_parts(config, info)
-    return sizes, layout(place_tree(jax.eval_shape(init), mesh))
-
-
-def mesh_sizes(mesh: dict[str, Any], num_devices: int) -> dict[str, int]:
-    """The size of every axis, for a config's `mesh` section and so many devices.
-
-    Raises:
-      ValueError: the section has other axes, or sizes that do not fit the devices.
-    """
-    if unknown := sorted(set(mesh) - set(CONFIG_AXES)):
-        raise ValueError(f"config.mesh has axes of another version: {', '.join(unknown)}.")
-    sizes = dict.fromkeys(CONFIG_AXES, 1) | mesh
-    rest = [axis for axis, size in sizes.items() if size == -1]
-    if len(rest) == 1:
-        others = math.prod(size for size in sizes.values() if size != -1)
-        sizes[rest[0]] = num_devices // others
-    if math.prod(sizes.values()) != num_devices:
-        raise ValueError(f"mesh {sizes} does not multiply to {num_devices} devices.")
-    return sizes
+    parts, init = make_parts(config, info)
+    state = abstract_state(init, mesh, offload=parts.options.offload_opt_state)
+    return config_sizes(mesh), layout(state)
 
 
 def layout_table(sizes: dict[str, int], rows: Sequence[Row]) -> list[Html]:
