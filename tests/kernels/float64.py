@@ -16,7 +16,9 @@ HEADS = ((4, 32), (6, 64), (2, 72), (16, 72), (16, 80), (3, 88), (16, 88), (4, 9
 
 def draw(batch, tokens, num_heads, head_dim, dtype, masked=False):
     """qkv, the bias in it, the output's gradient, and segments, of which the last has no key."""
-    rng = np.random.default_rng([tokens, num_heads, head_dim])
+    seed = np.random.SeedSequence().entropy
+    print(f"drawn with seed {seed}")  # shown if a test fails
+    rng = np.random.default_rng(seed)
     dim = num_heads * head_dim
     qkv = jnp.asarray(1.5 * rng.standard_normal((batch, tokens, 3 * dim)), dtype)
     bias = jnp.asarray(rng.standard_normal(3 * dim), jnp.float32)
