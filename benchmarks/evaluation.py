@@ -5,8 +5,10 @@
 - forward: images/s of an evaluation over those of the bare jitted forward pass on batches that are
   on the device already, of the digits' recipe and of CIFAR-10's: `first_pass` reads and decodes,
   `kept` is a later pass over a small split, whose images are kept decoded and placed each time.
-- probe: CPU seconds of training the linear probe's 40 settings over those of one, the largest
-  difference between a setting's weights there and alone, and the same ratio of the whole protocol
+- probe: CPU seconds of training the linear probe's 40 settings over those of one, and over those
+  of one what the 40 settings' products alone would take (`products_alone`) at the best rate that
+  NumPy or XLA reach here with any of these shapes or a large square (`gflops_a_core`); the largest
+  difference between a setting's weights there and alone; and the ratio of the whole protocol
   (50,000 examples of 384 features are read from the disk, standardised, trained on 1,000 steps of
   256; 10,000 more are scored).
 - knn: seconds of 10,000 queries against a bank of 50,000 of 384 features.
@@ -27,6 +29,7 @@ import zipfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.commands.config_flag import load_config
@@ -149,11 +152,56 @@ def probe(repeats, examples=20_000, features=384, classes=10, num_steps=300):
         alone = train(settings=[setting])
         largest = max(largest, np.abs(alone.weights[0, 0] - together.weights[0, number]).max())
     middle = {count: statistics.median(values) for count, values in seconds.items()}
+    columns = len(grid) * classes
+    rates = products(columns, features, options["batch_size"], repeats)
+    flops = num_steps * 2 * 2 * columns * features * options["batch_size"]
+    peak = max(rate for reached in rates.values() for rate in reached.values())
     return {
         "cpu_seconds": {count: round(value, 3) for count, value in middle.items()},
         "ratio": round(middle[40] / middle[1], 2),
+        "gflops_a_core": rates,
+        "products_alone": round(flops / (1e9 * peak) / middle[1], 2),
         "largest_difference": float(largest),
     }
+
+
+def products(columns, features, batch, repeats, square=2048):
+    """GFLOP a CPU second of the probe's two products and of a large one, by NumPy and by XLA."""
+    shapes = {
+        "logits": (columns, features, batch),
+        "gradient": (columns, batch, features),
+        "block": (linear_probe.COLUMNS, features, batch),
+        "square": (square, square, square),
+    }
+    found, rng = {}, np.random.default_rng(0)
+    for name, (rows, inner, others) in shapes.items():
+        a = rng.standard_normal((rows, inner), np.float32)
+        b = rng.standard_normal((inner, others), np.float32)
+        on_device, flops = jax.device_put((a, b)), 2 * rows * inner * others
+        times = max(square**3 * 2 // flops // 4, 1)
+        ways = {
+            "numpy": lambda a=a, b=b: a @ b,
+            "xla": lambda a=on_device[0], b=on_device[1]: jax.block_until_ready(_product(a, b)),
+        }
+        found[name] = {
+            way: round(times * flops / 1e9 / cpu_seconds(run, times, repeats), 1)
+            for way, run in ways.items()
+        }
+    return found
+
+
+_product = jax.jit(jnp.matmul)
+
+
+def cpu_seconds(run, times, repeats):
+    """The least that `times` runs took."""
+    found = []
+    for _ in range(repeats + 1):  # the first compiles
+        start = time.process_time()
+        for _ in range(times):
+            run()
+        found.append(time.process_time() - start)
+    return min(found[1:])
 
 
 def protocol(folder, repeats, sizes=(50_000, 10_000), features=384, classes=10):

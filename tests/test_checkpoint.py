@@ -1,6 +1,7 @@
 import contextlib
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -358,6 +359,22 @@ def test_a_flipped_byte_in_the_data_is_noticed(tmp_path, place):
             checkpoints.restore(4, abstract)
         assert "\n" not in str(e.value)
         assert_same_bits(checkpoints.restore(3, abstract)[0], state)
+
+
+def test_a_data_file_that_was_cut_is_told_in_one_line(tmp_path):
+    place = jax.sharding.NamedSharding(make_mesh(), jax.sharding.PartitionSpec())  # as runs have it
+    state = jax.device_put({"w": jax.random.normal(jax.random.key(0), (64, 64))}, place)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(4, state, {})
+        checkpoints.wait()
+    files = (tmp_path / "checkpoints" / "4" / "state").rglob("d/*")
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    wanted = pytest.raises(OSError, match="4 is damaged")
+    with opened(tmp_path) as checkpoints, wanted as caught:
+        checkpoints.restore(4, abstract)
+    assert "\n" not in str(caught.value)
 
 
 def test_other_numbers_than_were_saved_are_noticed(tmp_path, monkeypatch):

@@ -22,6 +22,9 @@ from vit_jax.tree import STACKED, layer_names, named_leaves
 
 FORMAT = 1  # of what is on disk; one that older versions cannot read gets the next number
 
+# What reading damaged files raises.
+DAMAGE = OSError, ValueError, RuntimeError, KeyError, AttributeError
+
 
 class MismatchError(ValueError):
     """A checkpoint that is whole, but of another model or of a newer version."""
@@ -177,8 +180,12 @@ class Checkpoints:
         """What storage, TensorStore or JSON say of damaged files becomes an OSError in one line."""
         try:
             yield
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        except Exception as caught:
+            # Orbax wraps what comes of reading an array into a plain Exception.
+            error = caught.__cause__ or caught if type(caught) is Exception else caught
             if isinstance(error, MismatchError) or "out of memory" in str(error).lower():
+                raise
+            if type(error) is not Exception and not isinstance(error, DAMAGE):
                 raise
             older = [other for other in self._whole_steps() if other < step]
             raise OSError(

@@ -71,3 +71,13 @@ def test_pictures_can_be_opened():
     np.testing.assert_allclose([same[0, 1, 0, 1], same[1, 2, 1, 2]], 1)
     components = figures.patch_filters(np.asarray(model.patch_embed.kernel[...]))
     assert components.shape == (16, 4, 4, 3) and components.min() == 0 and components.max() == 1
+
+
+def test_filters_stand_in_rows_and_maps_apart():
+    filters = np.zeros((9, 4, 4, 3))
+    tiles = figures._tiled(figures._in_rows(filters, 7), gap=1.0)
+    assert tiles.shape == (2 * 5, 7 * 5, 3)
+    assert tiles[5:9, 5:9].max() == 0 and tiles[5:, 10:].min() == 1  # the ninth is the last
+    (picture,) = [x for x in figures._embeddings(vit()) if x["kind"] == "positions"]
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture["png"]))))
+    assert pixels[0, 0] < pixels[-1, -1] == 255  # of a position by itself, and the paper

@@ -153,10 +153,17 @@ def test_nothing_is_cut_on_paper(page):
                                && getComputedStyle(one).overflowX !== "visible")
            .map((one) => one.outerHTML.slice(0, 200))"""
     )
+    lines = page.page.evaluate(
+        """() => [...document.querySelectorAll("#sharding td")]
+           .filter((one) => one.textContent === "float32")
+           .map((one) => { const words = document.createRange(); words.selectNodeContents(one);
+                           return words.getClientRects().length; })"""
+    )
     page.page.emulate_media(media="screen")
     page.page.evaluate("dispatchEvent(new Event('afterprint'))")
     page.page.set_viewport_size({"width": 1280, "height": 800})
     assert cut == []
+    assert set(lines) == {1}  # no word of it is broken
 
 
 def test_a_table_of_many_columns_is_printed_across(tmp_path, chromium):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vit_jax.evals.base import Evaluation, Reader, Scores, Value
 
-NUM_FILTERS = 28
+NUM_FILTERS, FILTERS_A_ROW = 28, 7  # as in Dosovitskiy et al. 2021, figure 7
 SIDE = 128  # pixels that a map has at least
 
 
@@ -129,9 +129,11 @@ def _embeddings(backbone) -> list[dict[str, str]]:
     found = []
     if backbone.pos_embed is not None:
         similar = position_similarity(np.asarray(backbone.pos_embed[...]), backbone.grid)
-        found.append(_picture("positions", "similarity of positions", _grey(_tiled(similar))))
+        # Brighter than the brightest, which is each position's own.
+        tiles = _grey(_tiled(similar, gap=similar.max() + 0.15 * np.ptp(similar)))
+        found.append(_picture("positions", "similarity of positions", tiles))
     filters = patch_filters(np.asarray(backbone.patch_embed.kernel[...]))
-    tiles = _tiled(filters[None])  # in one row
+    tiles = _tiled(_in_rows(filters, FILTERS_A_ROW), gap=1.0)
     return [*found, _picture("filters", "principal components of the patch embedding", tiles)]
 
 
@@ -157,10 +159,17 @@ def patch_filters(kernel: np.ndarray) -> np.ndarray:
     return (components - low) / np.maximum(high - low, 1e-12)
 
 
-def _tiled(tiles: np.ndarray) -> np.ndarray:
-    """[rows, columns, height, width, …] -> one picture, tiles side by side with a gap."""
-    gap = [(0, 0), (0, 0), (0, 1), (0, 1)] + [(0, 0)] * (tiles.ndim - 4)
-    tiles = np.pad(tiles, gap, constant_values=tiles.max())
+def _in_rows(tiles: np.ndarray, columns: int) -> np.ndarray:
+    """[number, …] -> [rows, columns, …], white where there are no more."""
+    missing = -len(tiles) % columns
+    tiles = np.pad(tiles, [(0, missing)] + [(0, 0)] * (tiles.ndim - 1), constant_values=1.0)
+    return tiles.reshape(-1, columns, *tiles.shape[1:])
+
+
+def _tiled(tiles: np.ndarray, *, gap: float) -> np.ndarray:
+    """[rows, columns, height, width, …] -> one picture, tiles side by side, `gap` between them."""
+    width = [(0, 0), (0, 0), (0, 1), (0, 1)] + [(0, 0)] * (tiles.ndim - 4)
+    tiles = np.pad(tiles, width, constant_values=gap)
     rows, columns, height, width = tiles.shape[:4]
     return np.moveaxis(tiles, 2, 1).reshape(rows * height, columns * width, *tiles.shape[4:])
 

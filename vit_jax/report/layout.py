@@ -10,7 +10,7 @@ from etils import epath
 from vit_jax.config import check_top_level, load_run_config
 from vit_jax.data.sources import DatasetInfo
 from vit_jax.preprocess import HALF
-from vit_jax.report.markup import Cell, Html, el, table
+from vit_jax.report.markup import Cell, Html, broken, el, table
 from vit_jax.report.page import note
 from vit_jax.report.runs import Run
 from vit_jax.sharding import Row, config_sizes, layout
@@ -60,8 +60,9 @@ def layout_table(sizes: dict[str, int], rows: Sequence[Row]) -> list[Html]:
         held = ", ".join(dict.fromkeys(held for held, _ in alike))
         cells.append(
             [
-                *(name, held, len(alike), " × ".join(map(str, shape)) or "scalar", dtype),
-                *(spec or "nothing", Cell(say_bytes(size), size), remark),
+                *(broken(name, "/_"), held, len(alike)),
+                *(" × ".join(map(str, shape)) or "scalar", dtype, spec or "nothing"),
+                *(Cell(say_bytes(size), size), remark),
             ]
         )
     mesh = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
@@ -72,7 +73,9 @@ def layout_table(sizes: dict[str, int], rows: Sequence[Row]) -> list[Html]:
         "the same on every device."
     )
     heads = ["array", "of", "number", "shape", "type", "split over", "on a device", "note"]
-    found = table(heads, cells, sortable=True, class_="dense")
+    if not any(remark for *_, remark in cells):
+        heads, cells = heads[:-1], [row[:-1] for row in cells]
+    found = table(heads, cells, sortable=True, class_="dense words")
     return [note(said), el("div", found, class_="tall")]
 
 
