@@ -32,6 +32,7 @@ def write_run(folder: pathlib.Path, *, steps: int = 200, total: int = 200, **lea
     record = {
         "versions": {"python": "3.11.7", "jax": "0.10.2"},
         "devices": {"platform": "cpu", "kind": "cpu", "count": 1, "processes": 1},
+        "mesh": {"replica": 1, "data": 1, "fsdp": 1, "fsdp_z": 1, "tensor": 1},
         "dataset": {
             "name": IMAGE,
             "fingerprint": "1429b6a1",
