@@ -289,6 +289,9 @@ def _shapes(arrays: Iterable[hlo.Array]) -> list[Shape]:
     return [(array.dtype, array.sides) for array in arrays]
 
 
+NO_CODE = "_colors", "debug_locations"  # where the compiler put arrays, where the source has it
+
+
 def kernel_key(config: Mapping, operands: Sequence[Shape], results: Sequence[Shape]) -> str:
     """All that makes a kernel's code, as JSON: configuration, types and sides of its arrays.
 
@@ -307,7 +310,7 @@ def kernel_key(config: Mapping, operands: Sequence[Shape], results: Sequence[Sha
 def _told(value: Any) -> Any:
     """Without what is empty, numbers as text: JAX and the compiler write the same differently."""
     if isinstance(value, dict):
-        told = {k: _told(v) for k, v in value.items() if not k.endswith("_colors")}
+        told = {k: _told(v) for k, v in value.items() if not k.endswith(NO_CODE)}
         return {k: v for k, v in told.items() if v or v == 0}
     if isinstance(value, list):
         return [_told(each) for each in value]

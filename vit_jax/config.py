@@ -184,11 +184,16 @@ def load_run_config(workdir: epath.Path) -> ConfigDict:
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint in {workdir}: it has no config.json of a run.")
     try:
-        values = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return parse_config(path.read_text())
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}).") from error
+
+
+def parse_config(text: str) -> ConfigDict:
+    """The config of a JSON object; raises ValueError where it is none."""
+    values = json.loads(text)
     if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds no object.")
+        raise ValueError("it holds no object")
     return ConfigDict(values)
 
 

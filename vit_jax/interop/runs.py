@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from vit_jax.checkpoint import Checkpoints
-from vit_jax.config import TOP_LEVEL, load_run_config
+from vit_jax.config import TOP_LEVEL, load_run_config, parse_config
 from vit_jax.data.sources import DatasetInfo
 from vit_jax.interop.spec import params_of, spec_of
 from vit_jax.interop.tables import Report
@@ -39,8 +38,8 @@ def read_run(workdir: epath.Path, *, step: int | None = None) -> tuple:
         with _perhaps_newer(workdir / "config.json"):
             if missing := sorted(TOP_LEVEL - set(config)):
                 raise ValueError(f"config lacks {', '.join(missing)}.")
-            what = config.to_dict() | {"seed": 0}, meta["dataset"], meta["preprocess"]
-            parts, abstract = _structure(json.dumps(what))
+            values = config.to_dict() | {"seed": 0}, meta["dataset"], meta["preprocess"]
+            parts, abstract = _structure(*map(json.dumps, values))
         state, _ = checkpoints.restore(step, abstract, without=parts.not_of_model(abstract))
     model = parts.model(state).module()
     params = params_of(model)
@@ -50,13 +49,13 @@ def read_run(workdir: epath.Path, *, step: int | None = None) -> tuple:
 
 
 @functools.lru_cache(maxsize=8)
-def _structure(what: str) -> tuple:
+def _structure(config: str, dataset: str, preprocess: str) -> tuple:
     """(parts, shapes of the state) of a run: the same whatever its seed, and slow to trace."""
     from vit_jax.sharding import make_mesh
     from vit_jax.train import abstract_state, make_parts
 
-    config, dataset, preprocess = json.loads(what)
-    parts, init = make_parts(ConfigDict(config), _info(dataset, preprocess))
+    info = _info(json.loads(dataset), json.loads(preprocess))
+    parts, init = make_parts(parse_config(config), info)
     mesh = make_mesh(devices=jax.local_devices()[:1])  # each process reads all
     return parts, abstract_state(init, mesh)
 
