@@ -12,9 +12,8 @@ quickstart: $(VENV)/.base
 test: $(VENV)/.test
 	$(BIN)/pytest -n 2 -m "not slow and not parity"
 
-# Three at once on two cores: many of the long cases wait, for a hang to be noticed or for SLURM.
 test-all: $(VENV)/.test
-	$(BIN)/pytest -n 3 -m "slow and not parity"
+	$(BIN)/pytest -n 2 -m "slow and not parity"
 
 # torch's CPU build exists for Python 3.11; where there is none this says so, and only then. timm goes
 # in alone: the torchvision that it names wants another build of torch, and its ViTs do not use it.
