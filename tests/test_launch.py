@@ -360,6 +360,7 @@ def test_a_tool_that_is_missing_is_named(capfd, monkeypatch):
 
 def test_tokens_of_a_model_are_no_secret(capfd):
     leaves = ["--config.model.num_reg_tokens=4", "--config.model.cls_token=True"]
+    leaves += ["-config.model.cls_token", "--noconfig.model.dist_token"]
     assert cli.main(["launch", "slurm", "--dry_run", "--", *TRAIN[1:], *leaves]) == 0
     assert " ".join(leaves) in capfd.readouterr().out
 

@@ -468,6 +468,7 @@ def _check_commands(commands: Sequence[Sequence[str]]) -> None:
 
 
 SECRET = re.compile(r"api_?key|password|secret|token(?![a-z])", re.IGNORECASE)
+MODEL = re.compile(r"--?(no)?config\.model\.")
 
 
 def _check_secrets(arguments: Iterable[str]) -> None:
@@ -476,7 +477,7 @@ def _check_secrets(arguments: Iterable[str]) -> None:
         names = re.findall(r"([\w.-]+)=", argument) or re.findall(r"^-[\w.-]+$", argument)
         for name in names:
             # A model's tokens (cls_token) are none.
-            if SECRET.search(name) and not name.startswith("--config.model."):
+            if SECRET.search(name) and not MODEL.match(name):
                 raise ValueError(
                     f"{name} looks like a secret: everyone can read command lines; put it into "
                     "the environment (on GKE into the Secret vit-jax)."

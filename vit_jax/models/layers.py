@@ -169,7 +169,7 @@ class Attention(nnx.Module):
         name = choose(self.implementation, qkv, self.num_heads, masked=mask is not None)
         plain = self.qkv.bias is None or self.q_norm is not None or rope is not None
         if plain or name not in KERNELS:
-            return self.proj(self._attend(self.qkv(x), mask, rope, self.num_heads, name))
+            return self.proj(self._attend(self.qkv(x), mask, rope, name))
         bias = self.qkv.bias[...]  # the kernel sums its gradient on the way
         qkv = with_bias(x.astype(self.dtype) @ self.qkv.kernel[...].astype(self.dtype), bias)
         options = {"num_heads": self.num_heads, "mask": mask, "implementation": name}
@@ -182,10 +182,10 @@ class Attention(nnx.Module):
         scores = jnp.einsum("bqhd,bkhd->bhqk", heads[:, :, 0], heads[:, :, 1])
         return jax.nn.softmax(scores * heads.shape[-1] ** -0.5, axis=-1)
 
-    def _attend(self, qkv, mask, rope, num_heads, name="xla"):
+    def _attend(self, qkv, mask, rope, name):
         if self.q_norm is not None or rope is not None:
-            qkv = self._prepare(qkv, rope, num_heads)
-        return attention(qkv, num_heads=num_heads, mask=mask, implementation=name)
+            qkv = self._prepare(qkv, rope, self.num_heads)
+        return attention(qkv, num_heads=self.num_heads, mask=mask, implementation=name)
 
     def _attend_in_parts(self, x, mask, rope, parts):
         """The same with the heads in groups, each projected from columns of its own.
