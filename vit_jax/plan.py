@@ -297,7 +297,7 @@ def memory(
     sizes |= rest | {"total": compiled.needed}
     if compiled.program is not None:
         live = hlo.live_at_peak(compiled.module, pass_of)
-        room = peak_bytes(compiled.program, target) - sum(sizes[key] for key in kinds)
+        room = max(peak_bytes(compiled.program, target) - sum(sizes[key] for key in kinds), 0)
         stats = compiled.program.memory_analysis()
         sizes["program"] = stats.generated_code_size_in_bytes
         sizes["gradients"] = min(live.get("backward", 0), room)
