@@ -365,6 +365,13 @@ def test_tokens_of_a_model_are_no_secret(capfd):
     assert " ".join(leaves) in capfd.readouterr().out
 
 
+def test_a_jobs_port_is_given_to_nobody_else_and_process_0_may_listen_there():
+    with launch_lib._kept_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("localhost", port))
+        socket.create_server(("", port)).close()
+
+
 # SLURM
 
 

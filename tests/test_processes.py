@@ -406,6 +406,7 @@ def test_a_dead_owner_elsewhere_costs_a_wait_and_no_restart(recipe, stopped, tmp
 
 @pytest.fixture
 def free_port():
-    from vit_jax.launch import _free_port
+    from vit_jax.launch import _kept_port
 
-    return _free_port()
+    with _kept_port() as port:
+        yield port

@@ -1,5 +1,6 @@
 """Starts jobs of `vit-jax` commands: here in several processes, or by a cluster's own tools."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vit_jax.exit_codes import EXIT_LOST, EXIT_PREEMPTED
@@ -95,7 +96,8 @@ class LocalJob:
         try:
             restarts = 0
             while True:
-                code = self._run_once()
+                with _kept_port() as port:
+                    code = self._run_once(port)
                 again = code in RESTARTABLE or code > 128
                 if self.stopping and code == 128 + signal.SIGTERM:
                     return EXIT_PREEMPTED  # it was told before it had begun
@@ -115,8 +117,7 @@ class LocalJob:
             if child.poll() is None:
                 child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
-    def _run_once(self) -> int:
-        port = _free_port()
+    def _run_once(self, port: int) -> int:
         self.children = []
         for index in range(self.num_processes):
             if self.stopping:
@@ -197,10 +198,13 @@ def _code(child: subprocess.Popen) -> int:
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
+@contextlib.contextmanager
+def _kept_port() -> Iterator[int]:
+    """A port of this machine that nobody else is given until process 0 listens there, as it may."""
+    with socket.socket() as keeper:
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as JAX's own does
+        keeper.bind(("localhost", 0))
+        yield keeper.getsockname()[1]
 
 
 def _say(text: str) -> None:

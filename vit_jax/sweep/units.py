@@ -69,9 +69,9 @@ def make_units(
 def make_settings(
     datasets: Mapping[str, Mapping[str, Any]], evals: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[str, str, str]]:
-    """(dataset, evaluation, config digest) of every pair; see `make_units`, which raises the same.
+    """(dataset, evaluation, config digest) of every pair, known before there is a checkpoint.
 
-    Known before there is a checkpoint to make units of.
+    Raises ValueError of an evaluation's section, as `make_units` does.
     """
     settings = {key: _settings(key, section) for key, section in evals.items()}
     return [
