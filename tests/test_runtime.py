@@ -130,7 +130,7 @@ def test_a_signal_during_a_sleep_is_noted_at_once(stop):
         (
             {"coordinator": "localhost:1", "num_processes": 2, "process_id": 2},
             ValueError,
-            "--process_id=2 must be from 0 and less than --num_processes=2",
+            "--process_id=2 must be at least 0 and less than --num_processes=2",
         ),
         (
             {"coordinator": "localhost:65536", "num_processes": 2, "process_id": 0},

@@ -281,7 +281,7 @@ def _check_flags(
         )
     if not 0 <= process_id < num_processes:
         raise ValueError(
-            f"--process_id={process_id} must be from 0 and less than "
+            f"--process_id={process_id} must be at least 0 and less than "
             f"--num_processes={num_processes}."
         )
 
