@@ -86,11 +86,16 @@ def save_sweep(folder: pathlib.Path, data_dir: str, **changes) -> str:
     return f"--config={save_recipe(ConfigDict(values | changes), folder / 'sweep.py')}"
 
 
+def flags_for(devices: int) -> str:
+    """XLA's flags as these tests have them, with another number of simulated devices."""
+    return f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+
+
 def start(*argv, log: pathlib.Path, devices: int | None = None, code: str = "") -> subprocess.Popen:
     """`vit-jax argv…` as a process that writes to `log`; `code` runs in it beforehand."""
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
     if devices is not None:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] = flags_for(devices)
     how = ["-c", f"{code}\nimport vit_jax.cli, sys\nsys.exit(vit_jax.cli.main())"]
     with log.open("ab") as file:
         return subprocess.Popen(

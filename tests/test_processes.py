@@ -18,6 +18,7 @@ from tests.runs import (
     call,
     deterministic_rows,
     ending,
+    flags_for,
     save_recipe,
     saved_state,
     short,
@@ -112,8 +113,7 @@ def train(recipe, workdir, devices, *flags):
         f"--config={recipe}",
         f"--workdir={workdir}",
         *flags,
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
+        XLA_FLAGS=flags_for(devices),
     )
 
 
@@ -290,7 +290,7 @@ def pair(*flags_of_each, folders=(None, None), **environment_of_second):
     """Two processes started by hand; their exit codes and what they said on stderr."""
     made = []
     for index, flags in enumerate(flags_of_each):
-        environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+        environment = dict(os.environ, XLA_FLAGS=flags_for(2))
         environment |= environment_of_second if index else {}
         made.append(
             subprocess.Popen(
@@ -317,7 +317,7 @@ def pair(*flags_of_each, folders=(None, None), **environment_of_second):
         ("--config.seed=1", {}, r"process 1 \(.*\) has config \"\w{12}\", 1 of 2 have \"\w{12}\""),
         (
             "",
-            {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"},
+            {"XLA_FLAGS": flags_for(3)},
             r"process 1 \(.*\) has number of devices 3, 1 of 2 have 2",
         ),
         ("--config.data.data_dir=/nowhere", {}, r"process 1 .*no dataset 'digits'|config"),

@@ -12,7 +12,7 @@ import pytest
 from jax._src.clusters import cloud_tpu_cluster
 
 from tests.recipes import tiny
-from tests.runs import save_recipe
+from tests.runs import flags_for, save_recipe
 from vit_jax.runtime import (
     Preempted,
     Processes,
@@ -89,7 +89,7 @@ assert vit_jax.cli.main() == 0
 def test_the_second_start_takes_what_was_compiled_from_the_cache(data_dir, tmp_path, code):
     recipe = save_recipe(tiny(data_dir, total_steps=2, model__depth=1), tmp_path / "recipe.py")
     environment = dict(os.environ, XDG_CACHE_HOME=str(tmp_path / "cache"))
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    environment["XLA_FLAGS"] = flags_for(1)
     del environment["JAX_COMPILATION_CACHE_DIR"]  # so that it is the user's own
     found = []
     for number in range(2):

@@ -4,7 +4,7 @@ import shutil
 import pytest
 from etils import epath
 
-from tests.runs import call, deterministic_rows, run, short, steps_on_disk
+from tests.runs import call, deterministic_rows, flags_for, run, short, steps_on_disk
 from vit_jax.commands import evaluate
 from vit_jax.evaluation import evaluate_checkpoint
 
@@ -54,7 +54,7 @@ def test_another_number_of_devices_counts_the_same(trained, devices):
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
     done = call(
         *("evaluate", f"--workdir={workdir}", "--json"),
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        XLA_FLAGS=flags_for(devices),
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr
