@@ -161,7 +161,10 @@ def test_a_second_run_on_a_workdir_is_refused_in_one_line(data_dir, tmp_path, ow
     assert not (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff", b"7", b"{}", b'{"host": "far/1"'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff", b"7", b"{}", b'{"host": "far/1"', b'{"host": 1, "process": 2, "job": 3}'],
+)
 def test_a_lease_that_no_owner_wrote_holds_nobody_up(tmp_path, content):
     (tmp_path / ".lease").write_bytes(content)
     WorkdirLease(epath.Path(tmp_path)).release()

@@ -168,7 +168,8 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
     """What stands there; None where there is nothing, or nothing that an owner wrote."""
     with contextlib.suppress(FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
         found = json.loads(path.read_text())
-        if isinstance(found, dict) and {"host", "process", "job"} <= found.keys():
+        named = isinstance(found, dict) and isinstance(found.get("host"), str)
+        if named and {"process", "job"} <= found.keys():
             return found
     return None
 
