@@ -94,6 +94,7 @@ def test_names_on_disk_are_these(data_dir, tmp_path):
     assert sorted(found) == sorted(moments + counts + params)
 
 
+@pytest.mark.slow
 def test_scanned_and_looped_blocks_are_the_same_on_disk(data_dir, tmp_path):
     looped, _, looped_abstract = parts_of(tiny(data_dir))
     parts, init, scanned_abstract = parts_of(tiny(data_dir, model__scan=True))
@@ -275,7 +276,8 @@ sys.exit(vit_jax.cli.main())
 
 
 # A later save finds it out, or the end of the run.
-@pytest.mark.parametrize("step", [4, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 6])
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(data_dir, tmp_path, step, capsys):
     config = short(data_dir, save_every=2, train__best_metric="")
     config.evals = {}  # nothing that compiles late: the compilation cache's disk is full too

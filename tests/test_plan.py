@@ -110,7 +110,7 @@ def test_what_no_computing_hides_of_a_collective_is_waited_for():
     assert fast["exposed_seconds"] == pytest.approx(12 * 0.6e-3)
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_flops_are_the_formulas_but_for_the_gradient_of_the_images(data_dir, remat):
     """Exactly, once what rematerialisation does again is told apart."""
     leaves = {"model__scan": remat == "full", "model__remat": remat}

@@ -86,7 +86,7 @@ class Run:
                 if moment(self):
                     return True
                 process.send_signal(signal.SIGCONT)
-            time.sleep(0.001)
+            time.sleep(0.003)  # a save lasts longer
         return False
 
     def _check_resumed(self) -> None:

@@ -46,6 +46,7 @@ def losses_on(devices, config, num_steps=20):
     return losses, state
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_give_the_same_losses(data_dir):
     config = tiny(data_dir)
     one, _ = losses_on(1, config)

@@ -229,6 +229,7 @@ def test_the_gradient_of_a_sum_is_the_sum_of_the_gradients():
     assert float(metrics["loss"]) == pytest.approx(float(total), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_in_a_sum_resumes_bit_for_bit(data_dir, tmp_path, monkeypatch):
     leaves = {"total_steps": 4, "eval_every": 2, "save_every": 2}
     config = quiet(SUM, data_dir, **leaves)

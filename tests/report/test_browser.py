@@ -69,6 +69,7 @@ def test_a_run_can_be_taken_out_of_the_curves(page):
     assert page.drawn("Training loss") == 3
 
 
+@pytest.mark.slow
 def test_all_runs_are_switched_at_once(chromium, tmp_path):
     runs = [write_run(tmp_path / f"run{number}", seed=number % 3) for number in range(9)]
     out = tmp_path / "page.html"
@@ -166,6 +167,7 @@ def test_nothing_is_cut_on_paper(page):
     assert set(lines) == {1}  # no word of it is broken
 
 
+@pytest.mark.slow
 def test_a_table_of_many_columns_is_printed_across(tmp_path, chromium):
     heads = ["model", "step", *(f"a_long_name_of_a_dataset_{n}" for n in range(UPRIGHT))]
     rows = [["one", 100, *([0.5] * UPRIGHT)]]
