@@ -454,14 +454,15 @@ def tpu_vm_script(
         place=place,
         spot="--spot" if spot else "",
         poll=poll,
-        install=shlex.quote(
-            f"mkdir -p vit_jax && tar -xzf {name}.tar.gz -C vit_jax"
-            " && python3 -m venv vit_jax/.venv"
-            " && vit_jax/.venv/bin/pip install -q -e 'vit_jax[tpu]'"
+        install=shlex.quote(  # Ubuntu 22.04, which most runtime versions are, has Python 3.10
+            f"mkdir -p vit_jax && tar -xzf {name}.tar.gz -C vit_jax && cd vit_jax"
+            " && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user uv"
+            " && python3 -m uv venv -q --python=3.12 .venv"
+            " && python3 -m uv pip install -q --python=.venv -e '.[tpu]'"
         ),
         command=shlex.quote(f"cd vit_jax && export PATH=$PWD/.venv/bin:$PATH && {run}"),
         max_restarts=max_restarts,
-        delete=f"trap '{remove}' EXIT" if delete else f"# {remove}",
+        delete=f"""trap 'trap "" INT TERM; {remove}' EXIT""" if delete else f"# {remove}",
     )
 
 
