@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 
@@ -94,6 +95,16 @@ def test_the_others_end_when_one_has_failed(tmp_path, monkeypatch):
     begun = time.monotonic()
     assert job(code, tmp_path, num_processes=3).run() == 3
     assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("ignored, answer", [(False, 75), (True, 0)])
+def test_a_terminal_that_closes_stops_the_job_unless_nohup_is_there(tmp_path, ignored, answer):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else lambda *_: None)
+    try:
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGHUP]).start()
+        assert job("import time; time.sleep(2)", tmp_path, max_restarts=1).run() == answer
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_other_processes_write_to_the_workdir(tmp_path, capfd):

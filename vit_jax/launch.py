@@ -88,11 +88,11 @@ class LocalJob:
         self.children: list[subprocess.Popen] = []
 
     def run(self) -> int:
-        """Runs to the end; SIGTERM and Ctrl-C are passed on. Answers the exit code."""
-        previous = {
-            number: signal.signal(number, self._pass_on)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        """Runs to the end; SIGTERM, Ctrl-C and a hang-up are passed on. Answers the exit code."""
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, self._pass_on) for number in numbers}
         try:
             restarts = 0
             while True:
