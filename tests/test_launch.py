@@ -380,6 +380,7 @@ TPU_VM = ["tpu-vm", "--zone=z", "--accelerator=v4-32", "--runtime_version=v"]
         (["slurm", "--", "trian", "--x"], "command 'trian' is unknown.*did you mean 'train'"),
         (["slurm", "--array=/no", "--", "--x"], "--array=/no must be a number, or a file"),
         (["local"], "nothing to run: end with `-- --config"),
+        (["local", "--", "--x", "--num_processes=2"], "--num_processes is given by the launcher"),
         (["local", "--num_processes=0", "--", "--x"], "--num_processes=0 .*at least 1"),
         (["slurm", "--gpus_per_node=8", "--processes_per_node=3", "--", "--x"], "must be 1 or"),
         (["gke", "--image=x", "--", "--x"], "--topology is missing"),

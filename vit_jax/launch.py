@@ -85,6 +85,9 @@ class LocalJob:
         self.devices_per_process, self.max_restarts = devices_per_process, max_restarts
         self.logs, self.stopping = logs, False
         self.together = self.command[0] == "train"
+        for argument in self.command if self.together else ():
+            if found := re.match(r"--?(coordinator|num_processes|process_id)\b", argument):
+                raise ValueError(f"{found[0]} is given by the launcher; leave it out behind `--`.")
         self.children: list[subprocess.Popen] = []
 
     def run(self) -> int:
