@@ -14,10 +14,11 @@ done
 tar --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=./data -czf /tmp/{name}.tar.gz .
 gcloud compute tpus tpu-vm scp /tmp/{name}.tar.gz {name}-node: {place} --worker=all
 gcloud compute tpus tpu-vm ssh {name}-node {place} --worker=all --command={install}
-# Run on all workers; what they print comes back here. After 75 and the like, the same again.
+# Run on all workers; what they print comes back here. After 75 (stopped after saving) and from 129
+# on (a process died or was killed) the same again.
 for attempt in $(seq 0 {max_restarts}); do
   code=0
   gcloud compute tpus tpu-vm ssh {name}-node {place} --worker=all --command={command} || code=$?
-  case $code in 75 | 134 | 137 | 143) echo "exit code $code of attempt $attempt" ;; *) break ;; esac
+  case $code in 75 | 129 | 1[3-9]?) echo "exit code $code of attempt $attempt" ;; *) break ;; esac
 done
 exit "$code"

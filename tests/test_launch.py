@@ -1,15 +1,19 @@
 """What the launcher gives to SLURM, Kubernetes and gcloud, and what these make of it."""
 
+import contextlib
 import os
 import pathlib
 import re
 import shlex
 import shutil
+import signal
 import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
+import tomllib
 
 import pytest
 import yaml
@@ -91,6 +95,16 @@ def test_the_others_end_when_one_has_failed(tmp_path, monkeypatch):
     begun = time.monotonic()
     assert job(code, tmp_path, num_processes=3).run() == 3
     assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("ignored, answer", [(False, 75), (True, 0)])
+def test_a_terminal_that_closes_stops_the_job_unless_nohup_is_there(tmp_path, ignored, answer):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else lambda *_: None)
+    try:
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGHUP]).start()
+        assert job("import time; time.sleep(2)", tmp_path, max_restarts=1).run() == answer
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_other_processes_write_to_the_workdir(tmp_path, capfd):
@@ -309,6 +323,51 @@ def test_tpu_vm_runs_gcloud_and_gives_the_tpu_back(tmp_path, monkeypatch, capfd)
     assert len((tmp_path / "calls").read_text().splitlines()) == len(expected)  # nothing was run
 
 
+ENDLESS = """#!/bin/bash
+case "$*" in
+  *describe*) echo ACTIVE ;;
+  *--command=cd*) echo training >> {record} && sleep 60 ;;
+  *delete*) sleep 1 && echo given back >> {record} ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("number, to_all", [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_launcher_that_is_stopped_gives_the_tpu_back(tmp_path, number, to_all):
+    """Ctrl-C, which the terminal sends to the script and to gcloud, too; and a kill."""
+    calls = tmp_path / "calls"
+    executable(tmp_path / "gcloud", ENDLESS.format(record=calls))
+    command = [sys.executable, "-m", "vit_jax.cli", "launch", *TPU_VM, "--poll=0", "--", "--x=1"]
+    environment = dict(os.environ, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    (tmp_path / "project").mkdir()
+    options = {"cwd": tmp_path / "project", "env": environment, "start_new_session": True}
+    launcher = subprocess.Popen(command, **options)
+    try:
+        _until(calls.exists, 60, tmp_path)
+        time.sleep(0.2)
+        (os.killpg if to_all else os.kill)(launcher.pid, number)
+        assert launcher.wait(30) == 128 + signal.SIGTERM
+        assert calls.read_text() == "training\ngiven back\n"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)  # with what gcloud would still wait for
+
+
+def test_workers_get_a_python_that_runs_this():
+    script = launch_lib.tpu_vm_script(
+        [TRAIN], zone="z", accelerator="v4-8", runtime_version="tpu-ubuntu2204-base"
+    )
+    project = pathlib.Path(__file__).parents[1] / "pyproject.toml"
+    least = tomllib.loads(project.read_text())["project"]["requires-python"]
+    (version,) = re.findall(r"uv venv -q --python=(\S+)", script)
+    assert _numbers(version) >= _numbers(least.removeprefix(">="))
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
+
+
 # What does not fit
 
 TPU_VM = ["tpu-vm", "--zone=z", "--accelerator=v4-32", "--runtime_version=v"]
@@ -318,7 +377,10 @@ TPU_VM = ["tpu-vm", "--zone=z", "--accelerator=v4-32", "--runtime_version=v"]
     "argv, words",
     [
         (["lokal", "--", "--x"], "lokal: unknown.*did you mean 'local'"),
+        (["slurm", "--", "trian", "--x"], "command 'trian' is unknown.*did you mean 'train'"),
+        (["slurm", "--array=/no", "--", "--x"], "--array=/no must be a number, or a file"),
         (["local"], "nothing to run: end with `-- --config"),
+        (["local", "--", "--x", "--num_processes=2"], "--num_processes is given by the launcher"),
         (["local", "--num_processes=0", "--", "--x"], "--num_processes=0 .*at least 1"),
         (["slurm", "--gpus_per_node=8", "--processes_per_node=3", "--", "--x"], "must be 1 or"),
         (["gke", "--image=x", "--", "--x"], "--topology is missing"),
@@ -407,6 +469,26 @@ def test_an_array_of_workers_of_one_sweep(capfd):
     assert "sweep runs on one host" in capfd.readouterr().err
     assert cli.main(["launch", "slurm", "--array=0", "--", "sweep", "--workdir=s"]) == 1
     assert "nothing to run" in capfd.readouterr().err
+
+
+def test_a_line_of_an_array_that_is_no_shell_is_named(tmp_path, capfd):
+    (tmp_path / "jobs").write_text("--config.seed=0\n\n--config.data.name='a\n")
+    argv = ["launch", "slurm", "--dry_run", f"--array={tmp_path}/jobs", "--", "--config=digits"]
+    assert cli.main(argv) == 1
+    assert re.search("jobs, line 3: No closing quotation: --config.data", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "code, again", [(75, True), (134, True), (139, True), (192, True), (1, False), (128, False)]
+)
+def test_what_a_signal_ended_goes_back_into_the_queue(tmp_path, code, again):
+    executable(tmp_path / "srun", f"#!/bin/bash\nexit {code}\n")
+    for name in ("scontrol", "sleep"):
+        executable(tmp_path / name, f'#!/bin/bash\necho "{name} $*"\n')
+    environment = dict(os.environ, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7")
+    run = {"env": environment, "capture_output": True, "text": True, "timeout": 30}
+    done = subprocess.run(["bash", "-c", slurm_script([TRAIN])], **run)
+    assert done.returncode == code and ("scontrol requeue 7\n" in done.stdout) == again
 
 
 SLURM_CONF = """

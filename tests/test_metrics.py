@@ -7,6 +7,8 @@ import types
 import jax.numpy as jnp
 import pytest
 from etils import epath
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,6 +71,30 @@ def test_floats_come_back_from_the_file_bit_for_bit(tmp_path):
     writer.write(1, {"a": value})
     writer.close()
     assert rows(tmp_path)[0]["a"] == value
+
+
+class Bucket(MemoryFileSystem):
+    """As gcsfs opens what is to be added to."""
+
+    protocol = "gs"
+
+    def open(self, path, mode="rb", **options):
+        return super().open(path, mode.replace("a", "w"), **options)
+
+
+def test_a_bucket_keeps_the_rows_of_earlier_starts(monkeypatch):
+    monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: Bucket())
+    board = types.SimpleNamespace(add_scalar=lambda *_, **__: None, close=lambda: None)
+    monkeypatch.setattr("vit_jax.metrics.SummaryWriter", lambda *_, **__: board)
+    workdir = epath.Path("gs://bucket/run")
+    for start in range(3):
+        writer = MetricsWriter(workdir, resume_step=start)
+        for step in (start + 1, start + 2):
+            writer.write(step, {"a": start})
+            assert read_rows(writer.path)[-1]["step"] == step  # a kill takes none of them away
+        writer.close()
+    found = {row["step"]: row["a"] for row in read_rows(workdir / "metrics.jsonl")}
+    assert found == {1: 0, 2: 1, 3: 2, 4: 2}
 
 
 def test_without_wandb_the_extra_is_named(tmp_path, monkeypatch):

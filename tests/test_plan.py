@@ -161,6 +161,9 @@ def test_what_the_compiler_says_that_it_needs(message, size):
     "arguments, message",
     [
         (["--topology=v9:2x2"], r"topology='v9:2x2' is unknown; the forms are v2:4x4, .*v6e:16x16"),
+        (["--topology=v5e:4x4x4"], "topology='v5e:4x4x4' is unknown; the forms are .* v5e:16x16"),
+        (["--topology=v5p:8x8"], "topology='v5p:8x8' is unknown; the forms are"),
+        (["--price_per_chip_hour=-1"], "flag --price_per_chip_hour=-1: -1.0 is not a non-neg"),
         (["--topology=v5e"], "topology='v5e' is unknown; the forms are"),
         (["--topology=v5e:4x4", "--num_slices=0"], "num_slices=0 must be at least 1"),
         (["--topology=v5e:4x4", "--chips_per_host=two"], "chips_per_host='two' must be sides"),

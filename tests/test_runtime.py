@@ -152,6 +152,7 @@ def test_a_signal_during_a_sleep_is_noted_at_once(stop):
             TimeoutError,
             "coordinator localhost:1 did not answer within 0 s",
         ),
+        ({"heartbeat_timeout": 0.0}, ValueError, "--heartbeat_timeout=0.0 must be at least 1 s"),
         ({"platform": "npu"}, ValueError, "--platform=npu must be one of cpu, gpu, tpu"),
     ],
 )

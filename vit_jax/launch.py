@@ -85,14 +85,17 @@ class LocalJob:
         self.devices_per_process, self.max_restarts = devices_per_process, max_restarts
         self.logs, self.stopping = logs, False
         self.together = self.command[0] == "train"
+        for argument in self.command if self.together else ():
+            if found := re.match(r"--?(coordinator|num_processes|process_id)\b", argument):
+                raise ValueError(f"{found[0]} is given by the launcher; leave it out behind `--`.")
         self.children: list[subprocess.Popen] = []
 
     def run(self) -> int:
-        """Runs to the end; SIGTERM and Ctrl-C are passed on. Answers the exit code."""
-        previous = {
-            number: signal.signal(number, self._pass_on)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        """Runs to the end; SIGTERM, Ctrl-C and a hang-up are passed on. Answers the exit code."""
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, self._pass_on) for number in numbers}
         try:
             restarts = 0
             while True:
@@ -454,14 +457,15 @@ def tpu_vm_script(
         place=place,
         spot="--spot" if spot else "",
         poll=poll,
-        install=shlex.quote(
-            f"mkdir -p vit_jax && tar -xzf {name}.tar.gz -C vit_jax"
-            " && python3 -m venv vit_jax/.venv"
-            " && vit_jax/.venv/bin/pip install -q -e 'vit_jax[tpu]'"
+        install=shlex.quote(  # Ubuntu 22.04, which most runtime versions are, has Python 3.10
+            f"mkdir -p vit_jax && tar -xzf {name}.tar.gz -C vit_jax && cd vit_jax"
+            " && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user uv"
+            " && python3 -m uv venv -q --python=3.12 .venv"
+            " && python3 -m uv pip install -q --python=.venv -e '.[tpu]'"
         ),
         command=shlex.quote(f"cd vit_jax && export PATH=$PWD/.venv/bin:$PATH && {run}"),
         max_restarts=max_restarts,
-        delete=f"trap '{remove}' EXIT" if delete else f"# {remove}",
+        delete=f"""trap 'trap "" INT TERM; {remove}' EXIT""" if delete else f"# {remove}",
     )
 
 

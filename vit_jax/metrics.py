@@ -108,7 +108,9 @@ class MetricsWriter:
         self._board = SummaryWriter(str(board), flush_secs=10)
         for row in rows:
             self._draw(row)
-        self._file: TextIO = self.path.open("a")
+        # Nothing can be added to a bucket's objects (gcsfs empties them): all is kept here.
+        self._rows = self.path.read_text() if "://" in str(workdir) else None
+        self._file: TextIO | None = self.path.open("a") if self._rows is None else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds a row; a value that is not finite is written as null.
@@ -119,8 +121,7 @@ class MetricsWriter:
         row = {"step": step, "time": round(time.time(), 3)}
         row |= {key: value if math.isfinite(value) else None for key, value in values.items()}
         try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            self._add(json.dumps(row) + "\n")
         except OSError as error:
             raise OSError(
                 f"{self.path} cannot be written ({error.strerror}); free the disk and start again: "
@@ -130,13 +131,22 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(_scalars(row), step=step)
 
+    def _add(self, line: str) -> None:
+        if self._file is None:
+            self._rows += line
+            self.path.write_text(self._rows)
+            return
+        self._file.write(line)
+        self._file.flush()
+
     def _draw(self, row: Mapping[str, Any]) -> None:
         for key, value in _scalars(row).items():
             self._board.add_scalar(key, value, row["step"], walltime=row["time"])
 
     def close(self) -> None:
         """Flushes and closes all of them."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -93,7 +93,8 @@ def num_chips(name: str, *, num_slices: int = 1) -> int:
     """
     generation, _, sides = name.partition(":")
     forms = ", ".join(TOPOLOGIES.values())
-    if generation not in TOPOLOGIES or not re.fullmatch(r"\d+(x\d+){1,2}", sides):
+    more = TOPOLOGIES.get(generation, "").count("x")  # libtpu takes a v5e of three sides: none is
+    if not more or not re.fullmatch(rf"\d+(x\d+){{{more}}}", sides):
         raise ValueError(f"topology={name!r} is unknown; the forms are {forms} (other sides too).")
     if num_slices < 1:
         raise ValueError(f"num_slices={num_slices} must be at least 1.")

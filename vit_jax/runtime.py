@@ -171,6 +171,11 @@ def start_processes(
       TimeoutError: the coordinator does not answer.
     """
     _check_flags(coordinator, num_processes, process_id)
+    if heartbeat_timeout < 1:  # JAX would abort
+        raise ValueError(
+            f"--heartbeat_timeout={heartbeat_timeout} must be at least 1 s; there is no turning it "
+            "off, the default is 100."
+        )
     if platform is not None:
         if platform not in PLATFORMS:
             raise ValueError(f"--platform={platform} must be one of {', '.join(PLATFORMS)}.")

@@ -6,6 +6,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import typing
@@ -14,6 +15,7 @@ from typing import Any
 
 from absl import flags
 
+from vit_jax.cli import COMMANDS
 from vit_jax.commands.config_flag import parse_with_config
 from vit_jax.commands.flags import parse
 from vit_jax.config import call
@@ -64,6 +66,11 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"argument {rest[0]!r} is unknown; what is to run follows after `--`.")
     if not command:
         raise ValueError("nothing to run: end with `-- --config=… --workdir=…`.")
+    if command[0] not in COMMANDS:  # said here, and not when the machines are paid for
+        raise ValueError(
+            f"command {command[0]!r} is unknown{nearest(command[0], COMMANDS)}; "
+            f"choose one of {', '.join(COMMANDS)}."
+        )
     commands = _commands(values.array, command)
     given = {name: values[name].value for name in options}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -112,8 +119,16 @@ def _commands(array: str | None, command: list[str]) -> list[list[str]]:
         return [command]
     if array.isdigit():
         return [command] * int(array)
-    lines = pathlib.Path(array).read_text().splitlines()
-    return [[*command, *shlex.split(line)] for line in lines if line.strip()]
+    if not pathlib.Path(array).is_file():
+        raise ValueError(f"--array={array} must be a number, or a file with flags in each line.")
+    commands = []
+    for number, line in enumerate(pathlib.Path(array).read_text().splitlines(), start=1):
+        try:
+            flags_of_one = shlex.split(line)
+        except ValueError as error:
+            raise ValueError(f"--array={array}, line {number}: {error}: {line}") from error
+        commands += [[*command, *flags_of_one]] if line.strip() else []
+    return commands
 
 
 def _local(commands: list[list[str]], dry_run: bool, **options: Any) -> int:
@@ -181,6 +196,9 @@ def _check_config(command: list[str], topology: str, num_slices: int) -> None:
         )
 
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
 def _run(tool: list[str], text: str, name: str, dry_run: bool, *, needs: str = "") -> int:
     """Gives the filled-in file to the cluster's tool, whose exit code is ours."""
     if dry_run:
@@ -191,7 +209,15 @@ def _run(tool: list[str], text: str, name: str, dry_run: bool, *, needs: str = "
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / name
         path.write_text(text)
-        return subprocess.run([*tool, str(path)]).returncode
+        with subprocess.Popen([*tool, str(path)]) as child:
+            # It is waited for: what it asked the cluster for it gives back at its end.
+            stops = {each: signal.signal(each, lambda *_: child.terminate()) for each in STOPS}
+            try:
+                code = child.wait()
+            finally:
+                for number, handler in stops.items():
+                    signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
 
 
 # What a place's flags are the keyword arguments of, and what starts it.

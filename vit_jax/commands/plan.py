@@ -54,7 +54,9 @@ def _define(values: flags.FlagValues) -> None:
     text("topology", "TPUs to plan for, like v5e:4x4 or v5p:16x16x16 (sides in chips).")
     flags.DEFINE_integer("num_slices", 1, "How many such slices.", flag_values=values)
     text("chips_per_host", "Sides of what one host drives, like 2x2, if not the usual.")
-    flags.DEFINE_float("price_per_chip_hour", None, "For the cost.", flag_values=values)
+    flags.DEFINE_float(
+        "price_per_chip_hour", None, "For the cost.", lower_bound=0.0, flag_values=values
+    )
     text("dump_hlo", "Folder for the compiled program's text.")
     switch("json", "Print one JSON object.")
     switch("show_sharding", "Print what lies where, an array a line.")
