@@ -138,7 +138,8 @@ def known(made, read) -> bool:
     ],
 )
 def test_a_jobset_asks_for_the_slices(topology, slices, hosts, chips, accelerator):
-    made = yaml.safe_load(jobset([TRAIN], image="x/y:1", topology=topology, num_slices=slices))
+    options = {"num_slices": slices, "volume": ["runs:/mnt/runs"]}
+    made = yaml.safe_load(jobset([TRAIN], image="x/y:1", topology=topology, **options))
     assert (made["apiVersion"], made["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert known(made, JobSet.from_dict(made).to_dict())
     policy = made["spec"]["failurePolicy"]
@@ -163,9 +164,11 @@ def test_a_jobset_asks_for_the_slices(topology, slices, hosts, chips, accelerato
     assert container["command"] == ["vit-jax", *TRAIN, "--platform=tpu"]
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
     # A container has 64 MiB of shared memory, a batch of the loader's workers more.
-    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
-    assert mount["mountPath"] == "/dev/shm" and mount["name"] == volume["name"]
-    assert volume["emptyDir"] == {"medium": "Memory"}
+    memory, disk = container["volumeMounts"]
+    volumes = {volume.pop("name"): volume for volume in pod["volumes"]}
+    assert memory["mountPath"] == "/dev/shm" and disk["mountPath"] == "/mnt/runs"
+    assert volumes[memory["name"]] == {"emptyDir": {"medium": "Memory"}}
+    assert volumes[disk["name"]] == {"persistentVolumeClaim": {"claimName": "runs"}}
 
 
 def by_xpk(text: str) -> list[str]:
@@ -241,7 +244,7 @@ def test_a_wrong_jobset_is_seen(right, wrong):
 
 def test_a_jobset_fits_its_config(capfd):
     flags = ["--image=x", "--dry_run", "--topology=v5e:4x4"]
-    command = ["--", "--config=vit_s16_i1k", "--workdir=w", "--config.mesh.fsdp=4"]
+    command = ["--", "--config=vit_s16_i1k", "--workdir=gs://b/w", "--config.mesh.fsdp=4"]
     assert cli.main(["launch", "gke", *flags, *command]) == 0
     made = yaml.safe_load(capfd.readouterr().out)
     assert made["spec"]["replicatedJobs"][0]["template"]["spec"]["completions"] == 4
@@ -266,7 +269,8 @@ def test_a_chip_of_two_devices_is_counted_twice(capfd):
     flags = ["--image=x", "--dry_run", "--topology=tpu7x:4x4x4", "--", "--config=vit_s16_i1k"]
     for data, code in ((128, 0), (64, 1)):
         assert (
-            cli.main(["launch", "gke", *flags, "--workdir=w", f"--config.mesh.data={data}"]) == code
+            cli.main(["launch", "gke", *flags, "--workdir=gs://w", f"--config.mesh.data={data}"])
+            == code
         )
     assert "128 devices of 1 × tpu7x:4x4x4: mesh" in capfd.readouterr().err
 
@@ -288,6 +292,14 @@ case "$*" in
 esac
 """
 
+TAKEN_AWAY = """#!/bin/bash
+echo "gcloud $*" >> {record}
+case "$*" in
+  *describe*) [ -e {failed} ] && rm {failed} && echo SUSPENDED || echo ACTIVE ;;
+  *--command=cd*) [ $(grep -c create {record}) = 2 ] || {{ touch {failed}; exit 255; }} ;;
+esac
+"""
+
 
 def test_tpu_vm_runs_gcloud_and_gives_the_tpu_back(tmp_path, monkeypatch, capfd):
     executable(
@@ -297,7 +309,7 @@ def test_tpu_vm_runs_gcloud_and_gives_the_tpu_back(tmp_path, monkeypatch, capfd)
     monkeypatch.chdir(tmp_path / "project")
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     flags = ["--name=vit", "--zone=us-central2-b", "--accelerator=v4-32", "--spot", "--poll=0"]
-    flags += ["--runtime_version=tpu-ubuntu2204-base"]
+    flags += ["--runtime_version=tpu-ubuntu2204-base", "--prepare=sudo mount nfs:/runs runs"]
     assert cli.main(["launch", "tpu-vm", *flags, "--", *TRAIN[1:]]) == 0
     place, run = "--zone=us-central2-b", "vit-jax train --config=digits:debug"
     on_all = f"gcloud compute tpus tpu-vm ssh vit-node {place} --worker=all --command="
@@ -307,7 +319,7 @@ def test_tpu_vm_runs_gcloud_and_gives_the_tpu_back(tmp_path, monkeypatch, capfd)
         "--accelerator-type=v4-32 --runtime-version=tpu-ubuntu2204-base --spot",
         f"gcloud compute tpus queued-resources describe vit {place} --format=value(state.state)",
         f"gcloud compute tpus tpu-vm scp /tmp/vit.tar.gz vit-node: {place} --worker=all",
-        f"{on_all}mkdir -p vit_jax",
+        f"{on_all}sudo mount nfs:/runs runs && mkdir -p vit_jax",
         f"{on_all}cd vit_jax",
         f"{on_all}cd vit_jax",  # 75: once more
         f"gcloud compute tpus queued-resources delete vit {place} --force --quiet",
@@ -321,6 +333,22 @@ def test_tpu_vm_runs_gcloud_and_gives_the_tpu_back(tmp_path, monkeypatch, capfd)
     assert cli.main(["launch", "tpu-vm", "--dry_run", *flags, "--", *TRAIN[1:]]) == 0
     assert expected[0] in capfd.readouterr().out
     assert len((tmp_path / "calls").read_text().splitlines()) == len(expected)  # nothing was run
+
+
+def test_a_tpu_vm_that_was_taken_away_is_asked_for_again(tmp_path, monkeypatch, capfd):
+    record = tmp_path / "calls"
+    script = TAKEN_AWAY.format(record=record, failed=tmp_path / "failed")
+    executable(tmp_path / "gcloud", script)
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    command = ["launch", *TPU_VM, "--spot", "--poll=0", "--", "--workdir=gs://bucket/run"]
+    assert cli.main([*command[:-2], "--max_restarts=1", *command[-2:]]) == 0
+    text = record.read_text()
+    verbs = re.findall(r"(create|describe|scp|mkdir|command=cd|delete)", text)
+    first = ["create", "describe", "scp", "mkdir", "command=cd"]
+    assert verbs == [*first, "describe", "delete", *first, "delete"]
+    assert "vit-jax is SUSPENDED: asking for another" in capfd.readouterr().out
 
 
 ENDLESS = """#!/bin/bash
@@ -371,6 +399,7 @@ def _numbers(version: str) -> list[int]:
 # What does not fit
 
 TPU_VM = ["tpu-vm", "--zone=z", "--accelerator=v4-32", "--runtime_version=v"]
+GKE = ["gke", "--image=x", "--topology=v5e:4x4", "--dry_run"]
 
 
 @pytest.mark.parametrize(
@@ -384,6 +413,12 @@ TPU_VM = ["tpu-vm", "--zone=z", "--accelerator=v4-32", "--runtime_version=v"]
         (["local", "--num_processes=0", "--", "--x"], "--num_processes=0 .*at least 1"),
         (["slurm", "--gpus_per_node=8", "--processes_per_node=3", "--", "--x"], "must be 1 or"),
         (["gke", "--image=x", "--", "--x"], "--topology is missing"),
+        (
+            [*GKE, "--volume=runs:/mnt", "--", "--workdir=runs/a"],
+            "--workdir=runs/a is on a disk that goes with its machine; give --volume=CLAIM:/PATH",
+        ),
+        ([*GKE, "--volume=runs", "--", "--x"], "--volume=runs must be a claim and where it goes"),
+        ([*TPU_VM, "--", "--workdir=a"], "--workdir=a is on a disk that .*give --prepare='…' that"),
         (
             ["gke", "--image=x", "--topology=v9:4x4", "--", "--x"],
             "unknown; the forms .* v5e:4x4,",
@@ -453,18 +488,18 @@ def test_the_slurm_script_is_a_shell_script_and_takes_arrays(tmp_path):
 
 
 def test_an_array_of_workers_of_one_sweep(capfd):
-    command = ["--dry_run", "--array=3", "--", "sweep", "--config=s.py", "--workdir=s"]
+    command = ["--dry_run", "--array=3", "--", "sweep", "--config=s.py", "--workdir=/s"]
     assert cli.main(["launch", "slurm", *command]) == 0
     script = capfd.readouterr().out
     assert "#SBATCH --array=0-2\n" in script
-    assert script.count("vit-jax sweep --config=s.py --workdir=s ;;") == 3
-    one_host = ["--image=i", "--topology=v5e:2x2", "--name=s"]
+    assert script.count("vit-jax sweep --config=s.py --workdir=/s ;;") == 3
+    one_host = ["--image=i", "--topology=v5e:2x2", "--name=s", "--volume=s:/s"]
     assert cli.main(["launch", "gke", *one_host, *command]) == 0
     manifests = list(yaml.safe_load_all(capfd.readouterr().out))
     assert [each["metadata"]["name"] for each in manifests] == ["s-0", "s-1", "s-2"]
     (slices,) = manifests[0]["spec"]["replicatedJobs"]
     (container,) = slices["template"]["spec"]["template"]["spec"]["containers"]
-    assert container["command"] == ["vit-jax", "sweep", "--config=s.py", "--workdir=s"]
+    assert container["command"] == ["vit-jax", "sweep", "--config=s.py", "--workdir=/s"]
     assert cli.main(["launch", "gke", *one_host, "--topology=v5e:4x4", *command]) == 1
     assert "sweep runs on one host" in capfd.readouterr().err
     assert cli.main(["launch", "slurm", "--array=0", "--", "sweep", "--workdir=s"]) == 1

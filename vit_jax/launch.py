@@ -303,6 +303,7 @@ def jobset(
     chips_per_host: int | None = None,
     max_restarts: int = 10,
     grace: int = 120,
+    volume: Sequence[str] = (),
 ) -> str:
     """The JobSet manifests (YAML documents) of a job on TPU slices, one for each command.
 
@@ -316,6 +317,7 @@ def jobset(
       chips_per_host: None for the usual number.
       max_restarts: of the whole JobSet.
       grace: seconds to save in after SIGTERM.
+      volume: PersistentVolumeClaims that all pods mount, such as 'runs:/mnt/runs'.
 
     Raises:
       ValueError: an unknown topology, or a name that Kubernetes does not take.
@@ -333,6 +335,7 @@ def jobset(
             f"{alone} runs on one host, --topology={topology} has {chips // per_host}, slices "
             f"{num_slices}; take the topology of one host, and --array=N for more workers."
         )
+    mounts, volumes = _volumes(volume)
     manifests, sides = [], "x".join(map(str, shape))
     for each, command in zip(names, map(_with_platform, commands), strict=True):
         values = {"name": each, "num_slices": num_slices, "max_restarts": max_restarts}
@@ -348,10 +351,26 @@ def jobset(
                 image=json.dumps(image),
                 command=json.dumps(["vit-jax", *command]),
                 chips_per_host=per_host,
+                mounts=json.dumps(mounts),
+                volumes=json.dumps(volumes),
                 xpk=_xpk(command, image, f"{tpu.xpk}-{sides}", grace, **values),
             )
         )
     return "---\n".join(manifests)
+
+
+def _volumes(claims: Sequence[str]) -> tuple[list[dict], list[dict]]:
+    """What a container mounts and its pod has: shared memory, and the claims."""
+    mounts = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
+    volumes: list[dict] = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
+    for number, each in enumerate(claims):
+        claim, _, path = each.partition(":")
+        if not re.fullmatch(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?", claim) or not path.startswith("/"):
+            raise ValueError(f"--volume={each} must be a claim and where it goes, like runs:/runs.")
+        name = f"volume-{number}"
+        mounts.append({"name": name, "mountPath": path})
+        volumes.append({"name": name, "persistentVolumeClaim": {"claimName": claim}})
+    return mounts, volumes
 
 
 def _chips_per_host(given: int | None, topology: str) -> int:
@@ -425,6 +444,7 @@ def tpu_vm_script(
     max_restarts: int = 3,
     delete: bool = True,
     poll: int = 30,
+    prepare: str = "",
 ) -> str:
     """The shell script of `gcloud` commands: create, copy, install, run on all workers, delete.
 
@@ -435,12 +455,14 @@ def tpu_vm_script(
       accelerator: such as 'v4-32'.
       runtime_version: such as 'tpu-ubuntu2204-base'.
       project: '' for gcloud's own.
-      spot: cheaper, and may be taken away.
+      spot: cheaper, and may be taken away; then another is asked for.
       max_restarts: for each start of the commands.
       delete: the queued resource when all is done, or has failed.
       poll: seconds between two looks whether it is there.
+      prepare: a shell command for all workers before the install, such as mounting a disk.
     """
     _check_commands(commands)
+    _check_secrets([prepare])
     _at_least(0, max_restarts=max_restarts, poll=poll)
     for flag, value in {"name": name, "zone": zone, "accelerator": accelerator}.items():
         if not re.fullmatch(r"[a-z][-a-z0-9]*", value):
@@ -458,13 +480,15 @@ def tpu_vm_script(
         spot="--spot" if spot else "",
         poll=poll,
         install=shlex.quote(  # Ubuntu 22.04, which most runtime versions are, has Python 3.10
-            f"mkdir -p vit_jax && tar -xzf {name}.tar.gz -C vit_jax && cd vit_jax"
+            (f"{prepare} && " if prepare else "")
+            + f"mkdir -p vit_jax && tar -xzf {name}.tar.gz -C vit_jax && cd vit_jax"
             " && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user uv"
             " && python3 -m uv venv -q --python=3.12 .venv"
             " && python3 -m uv pip install -q --python=.venv -e '.[tpu]'"
         ),
         command=shlex.quote(f"cd vit_jax && export PATH=$PWD/.venv/bin:$PATH && {run}"),
         max_restarts=max_restarts,
+        remove=remove,
         delete=f"""trap 'trap "" INT TERM; {remove}' EXIT""" if delete else f"# {remove}",
     )
 

@@ -28,7 +28,7 @@ USAGE = """vit-jax launch: starts a job of many processes.
 
   vit-jax launch local --num_processes=2 [--devices_per_process=4] [--max_restarts=3] -- …
   vit-jax launch slurm --nodes=4 --gpus_per_node=8 --processes_per_node=8 -- …
-  vit-jax launch gke --image=IMAGE --topology=v5e:4x4 [--num_slices=2] -- …
+  vit-jax launch gke --image=IMAGE --topology=v5e:4x4 [--num_slices=2] --volume=CLAIM:/PATH -- …
   vit-jax launch tpu-vm --name=vit --zone=ZONE --accelerator=v4-32 --runtime_version=V -- …
 
 What follows `--` is for `vit-jax train` (`-- --config=… --workdir=…`), or begins with another
@@ -147,12 +147,25 @@ def _local(commands: list[list[str]], dry_run: bool, **options: Any) -> int:
 
 def _logs(command: list[str]) -> pathlib.Path | None:
     """Where the processes but the first write: the workdir's `hosts`, if it is on this machine."""
+    folder = _workdir(command)
+    return None if folder is None or "://" in folder else pathlib.Path(folder) / "hosts"
+
+
+def _workdir(command: list[str]) -> str | None:
     for argument, following in zip(command, [*command[1:], ""], strict=True):
         name, equals, value = argument.lstrip("-").partition("=")
         if name == "workdir" and argument.startswith("-"):
-            folder = value if equals else following
-            return None if "://" in folder else pathlib.Path(folder) / "hosts"
+            return value if equals else following
     return None
+
+
+def _check_outlives(commands: list[list[str]], disks: list[str], remedy: str) -> None:
+    """Raises ValueError for a workdir that would go with the machines that wrote it."""
+    for folder in filter(None, map(_workdir, commands)):
+        if "://" not in folder and not any(pathlib.Path(folder).is_relative_to(d) for d in disks):
+            raise ValueError(
+                f"--workdir={folder} is on a disk that goes with its machine; give {remedy}"
+            )
 
 
 def _slurm(commands: list[list[str]], dry_run: bool, **options: Any) -> int:
@@ -161,6 +174,8 @@ def _slurm(commands: list[list[str]], dry_run: bool, **options: Any) -> int:
 
 def _gke(commands: list[list[str]], dry_run: bool, **options: Any) -> int:
     manifest = jobset(commands, **options)
+    disks = [each.partition(":")[2] for each in options["volume"]]
+    _check_outlives(commands, disks, "--volume=CLAIM:/PATH and a --workdir below that path.")
     for command in commands:
         _check_config(command, options["topology"], options["num_slices"])
     return _run(["kubectl", "apply", "-f"], manifest, "jobset.yaml", dry_run)
@@ -168,6 +183,8 @@ def _gke(commands: list[list[str]], dry_run: bool, **options: Any) -> int:
 
 def _tpu_vm(commands: list[list[str]], dry_run: bool, **options: Any) -> int:
     script = tpu_vm_script(commands, **options)
+    if options["delete"] and not options["prepare"]:
+        _check_outlives(commands, [], "--prepare='…' that mounts the workdir's, or --nodelete.")
     return _run(["bash"], script, "tpu_vm.sh", dry_run, needs="gcloud")
 
 
