@@ -18,6 +18,7 @@ from etils import epath
 from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
+from vit_jax.paths import absolute
 from vit_jax.tree import STACKED, layer_names, named_leaves
 
 FORMAT = 1  # of what is on disk; one that older versions cannot read gets the next number
@@ -85,7 +86,7 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy([LatestN(keep), self._best]),
         )
         handlers = {"state": _state_handler(), "meta": ocp.JsonCheckpointHandler()}
-        self._manager = _Manager(self.folder.absolute(), options=options, item_handlers=handlers)
+        self._manager = _Manager(absolute(self.folder), options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """The whole checkpoints on disk, oldest first."""

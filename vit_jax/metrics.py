@@ -12,6 +12,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from vit_jax.chips import CHIPS, devices_per_chip
+from vit_jax.paths import absolute
 
 
 def mfu(flops_per_second: float, devices: list[jax.Device]) -> float | None:
@@ -189,7 +190,7 @@ def _start_wandb(project: str, workdir: epath.Path, config: Mapping[str, Any] | 
     except ImportError as error:
         raise ImportError(f"train.wandb={project!r} needs: pip install 'vit-jax[wandb]'") from error
     # A stable id: a restarted run goes on where it was.
-    run_id = workdir.absolute().as_posix().strip("/").replace("/", "-")[-64:]
+    run_id = absolute(workdir).as_posix().strip("/").replace("/", "-")[-64:]
     return wandb.init(project=project, id=run_id, resume="allow", config=dict(config or {}))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vit_jax.metrics import duration
+from vit_jax.paths import absolute
 from vit_jax.report import figures
 from vit_jax.report.figures import Curve
 from vit_jax.report.markup import Cell, Html, broken, el, table
@@ -178,7 +179,7 @@ def environment(page: Page, runs: Sequence[Run]) -> None:
 
 def _surroundings(run: Run) -> dict[str, str]:
     record, dataset = run.record, run.record.get("dataset", {})
-    found = {"workdir": str(run.workdir.absolute())}
+    found = {"workdir": str(absolute(run.workdir))}
     if "started" in record:
         found["started"] = when(record["started"])
     found |= {f"devices: {key}": value for key, value in record.get("devices", {}).items()}
