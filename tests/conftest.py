@@ -14,8 +14,7 @@ os.environ.setdefault(
     "--xla_force_host_platform_device_count=8"
     " --xla_backend_optimization_level=0"
     " --xla_cpu_parallel_codegen_split_count=1"
-    + " --xla_cpu_use_fusion_emitters=false"
-    * version("jax").startswith("0.10."),
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jax").startswith("0.10.") else ""),
 )
 os.environ.setdefault(  # `make clean` removes it
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache")

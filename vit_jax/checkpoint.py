@@ -212,7 +212,9 @@ class Checkpoints:
 
     def _whole_steps(self) -> list[int]:
         # From the folder itself: after a failed save the manager's own list cannot be trusted.
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+        # (A bucket has no renaming: there a cut one has its name, too, and lacks a file.)
+        steps = (path for path in self.folder.iterdir() if path.name.isdigit())
+        return sorted(int(p.name) for p in steps if ocp.utils.is_checkpoint_finalized(p))
 
 
 def _reason(error: Exception) -> str:

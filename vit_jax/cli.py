@@ -131,6 +131,15 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], int], str]] = {
 }
 
 
+def check_command(name: str) -> None:
+    """Raises ValueError for one that is not there, with what was meant."""
+    if name not in COMMANDS:
+        raise ValueError(
+            f"command {name!r} is unknown{nearest(name, COMMANDS)}; "
+            f"choose one of {', '.join(COMMANDS)}."
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; an error of the user's becomes one line and exit code 1."""
     code = 1
@@ -165,11 +174,7 @@ def _main(argv: list[str] | None) -> int:
     if not with_traceback:
         _quieten()
     try:
-        if argv[0] not in COMMANDS:
-            raise ValueError(
-                f"command {argv[0]!r} is unknown{nearest(argv[0], COMMANDS)}; "
-                f"choose one of {', '.join(COMMANDS)}."
-            )
+        check_command(argv[0])
         return COMMANDS[argv[0]][0](argv[1:])
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         if with_traceback:

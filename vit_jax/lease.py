@@ -15,6 +15,8 @@ from typing import Any
 
 from etils import epath
 
+from vit_jax.paths import in_bucket
+
 HEARTBEAT = 10.0  # seconds between two signs of life
 PATIENCE = 45.0  # seconds without one after which an owner on another host is taken for dead
 SIGHT = 30.0  # seconds after which the other processes must see the lease
@@ -47,7 +49,7 @@ class WorkdirLease:
         self.job = uuid.uuid4().hex
         self._me = {"host": _host(), "process": os.getpid(), "job": self.job, "beat": 0}
         self._heartbeat, self._done = heartbeat, threading.Event()
-        if "://" not in str(workdir):
+        if not in_bucket(workdir):
             self._lock, taken = _lock(pathlib.Path(workdir) / ".lock")
         owner = _read(self._path)
         try:

@@ -12,7 +12,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from vit_jax.chips import CHIPS, devices_per_chip
-from vit_jax.paths import absolute
+from vit_jax.paths import absolute, in_bucket
 
 
 def mfu(flops_per_second: float, devices: list[jax.Device]) -> float | None:
@@ -110,7 +110,7 @@ class MetricsWriter:
         for row in rows:
             self._draw(row)
         # Nothing can be added to a bucket's objects (gcsfs empties them): all is kept here.
-        self._rows = self.path.read_text() if "://" in str(workdir) else None
+        self._rows = self.path.read_text() if in_bucket(workdir) else None
         self._file: TextIO | None = self.path.open("a") if self._rows is None else None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

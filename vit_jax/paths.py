@@ -1,11 +1,18 @@
 """Paths that may lie in a bucket."""
 
+import os
+
 from etils import epath
 
 
-def absolute(path: epath.Path) -> epath.Path:
-    """The path from the root on; one like 'gs://bucket/run' is whole as it is.
+def in_bucket(path: str | os.PathLike) -> bool:
+    """Whether it is one like 'gs://bucket/run', which no disk of this machine holds."""
+    return "://" in os.fspath(path)
 
-    (etils puts the current folder in front of it.)
+
+def absolute(path: epath.Path) -> epath.Path:
+    """The path from the root on; that of a bucket is whole as it is.
+
+    (etils would put the current folder in front of it.)
     """
-    return path if "://" in str(path) else path.absolute()
+    return path if in_bucket(path) else path.absolute()

@@ -15,11 +15,12 @@ from typing import Any
 
 from absl import flags
 
-from vit_jax.cli import COMMANDS
+from vit_jax.cli import check_command
 from vit_jax.commands.config_flag import parse_with_config
 from vit_jax.commands.flags import parse
 from vit_jax.config import call
 from vit_jax.launch import LocalJob, jobset, parse_topology, slurm_script, tpu_vm_script
+from vit_jax.paths import in_bucket
 from vit_jax.sharding import mesh_sizes
 from vit_jax.spelling import nearest
 from vit_jax.train import TrainOptions
@@ -66,11 +67,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"argument {rest[0]!r} is unknown; what is to run follows after `--`.")
     if not command:
         raise ValueError("nothing to run: end with `-- --config=… --workdir=…`.")
-    if command[0] not in COMMANDS:  # said here, and not when the machines are paid for
-        raise ValueError(
-            f"command {command[0]!r} is unknown{nearest(command[0], COMMANDS)}; "
-            f"choose one of {', '.join(COMMANDS)}."
-        )
+    check_command(command[0])  # here, and not when the machines are paid for
     commands = _commands(values.array, command)
     given = {name: values[name].value for name in options}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -148,7 +145,7 @@ def _local(commands: list[list[str]], dry_run: bool, **options: Any) -> int:
 def _logs(command: list[str]) -> pathlib.Path | None:
     """Where the processes but the first write: the workdir's `hosts`, if it is on this machine."""
     folder = _workdir(command)
-    return None if folder is None or "://" in folder else pathlib.Path(folder) / "hosts"
+    return None if folder is None or in_bucket(folder) else pathlib.Path(folder) / "hosts"
 
 
 def _workdir(command: list[str]) -> str | None:
@@ -162,7 +159,7 @@ def _workdir(command: list[str]) -> str | None:
 def _check_outlives(commands: list[list[str]], disks: list[str], remedy: str) -> None:
     """Raises ValueError for a workdir that would go with the machines that wrote it."""
     for folder in filter(None, map(_workdir, commands)):
-        if "://" not in folder and not any(pathlib.Path(folder).is_relative_to(d) for d in disks):
+        if not in_bucket(folder) and not any(map(pathlib.Path(folder).is_relative_to, disks)):
             raise ValueError(
                 f"--workdir={folder} is on a disk that goes with its machine; give {remedy}"
             )

@@ -27,6 +27,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
+from vit_jax.paths import in_bucket
+
 HEAD = "raw.json"
 FORMAT = "vit_jax raw 2"
 
@@ -168,7 +170,7 @@ class RawSplit:
     """
 
     def __init__(self, folder: epath.Path, split: str):
-        if "://" in os.fspath(folder):
+        if in_bucket(folder):
             raise ValueError(f"{folder}: a raw dataset is read from a disk; copy it to one")
         self._folder = pathlib.Path(os.fspath(folder))
         files = read_head(folder)["splits"][split]["files"]

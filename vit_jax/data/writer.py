@@ -16,6 +16,7 @@ from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from vit_jax.data.sources import versions
 from vit_jax.leftovers import hidden, remove_leftovers
+from vit_jax.paths import in_bucket
 
 _SHARD_BYTES = 256 << 20  # between TFDS's 64 MiB and 1 GiB
 
@@ -192,7 +193,7 @@ def _plain_errors() -> Iterator[None]:
 
 
 def _local(data_dir: str) -> pathlib.Path:
-    if "://" in data_dir:
+    if in_bucket(data_dir):
         raise ValueError(
             f"data_dir={data_dir!r}: datasets are prepared on a local disk; copy them there after"
         )

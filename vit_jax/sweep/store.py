@@ -35,6 +35,8 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from vit_jax.paths import in_bucket
+
 FORMAT = 1
 NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}  # of this file system
 HEARTBEAT = 5.0  # seconds
@@ -106,7 +108,7 @@ class Store:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        if "://" in str(folder):
+        if in_bucket(folder):
             raise ValueError(
                 f"--workdir={folder} must be a local or mounted folder: workers share it."
             )
