@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -210,7 +211,9 @@ def _check_config(command: list[str], topology: str, num_slices: int) -> None:
         )
 
 
-STOPS = (signal.SIGTERM, signal.SIGINT)
+# Signals that end what was started, and the seconds until it is told. Ctrl-C it gets from the
+# terminal, and a second signal could end it before it gives back what it has.
+STOPS = {signal.SIGTERM: 0.0, signal.SIGINT: 2.0}
 
 
 def _run(tool: list[str], text: str, name: str, dry_run: bool, *, needs: str = "") -> int:
@@ -225,11 +228,14 @@ def _run(tool: list[str], text: str, name: str, dry_run: bool, *, needs: str = "
         path.write_text(text)
         with subprocess.Popen([*tool, str(path)]) as child:
             # It is waited for: what it asked the cluster for it gives back at its end.
-            stops = {each: signal.signal(each, lambda *_: child.terminate()) for each in STOPS}
+            def stop(number: int, _: Any) -> None:
+                threading.Timer(STOPS[signal.Signals(number)], child.terminate).start()
+
+            before = {number: signal.signal(number, stop) for number in STOPS}
             try:
                 code = child.wait()
             finally:
-                for number, handler in stops.items():
+                for number, handler in before.items():
                     signal.signal(number, handler)
     return code if code >= 0 else 128 - code
 
